@@ -1,0 +1,166 @@
+// pybind11: argument conversion and m.def, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "cpu/isa.h"
+#include "cpu/table.h"
+#include "cpu/team.h"
+#include "ops.h"
+#include "torch_tensor.h"
+
+namespace py = pybind11;
+using namespace tilewright;
+
+namespace {
+
+int threads_override = 0;  // set_num_threads or TILEWRIGHT_NUM_THREADS; 0 follows torch
+
+int threads_now() {
+  if (threads_override > 0) return threads_override;
+  PyObject* n = PyObject_CallNoArgs(torch_handles().get_num_threads);
+  if (!n) throw py::error_already_set();
+  const long value = PyLong_AsLong(n);
+  Py_DECREF(n);
+  return std::max(1, std::min<int>(static_cast<int>(value), usable_cpus()));
+}
+
+// Runs an op with the thread count that holds now and without the GIL. Every binding goes through it.
+template <class Fn>
+void launch(Fn&& f) {
+  set_num_threads(threads_now());
+  py::gil_scoped_release release;
+  f();
+}
+
+bool truthy(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  const bool value = result == Py_True;
+  Py_DECREF(result);
+  return value;
+}
+
+long number(PyObject* callable) {
+  PyObject* result = PyObject_CallNoArgs(callable);
+  if (!result) throw py::error_already_set();
+  const long value = PyLong_AsLong(result);
+  Py_DECREF(result);
+  return value;
+}
+
+// direct(*tensors_or_None) -> bool: whether these may be handed to a kernel without torch's dispatcher.
+// They may not if any is a subclass, not strided on CPU, lazily negated, or needs a gradient, or while a
+// dispatch mode, function mode or functorch level is active.
+PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  const auto& torch = torch_handles();
+  try {
+    if (number(torch.dispatch_depth) != 0 || number(torch.function_depth) != 0) Py_RETURN_FALSE;
+    PyObject* level = PyObject_CallNoArgs(torch.peek_functorch);
+    if (!level) throw py::error_already_set();
+    Py_DECREF(level);
+    if (level != Py_None) Py_RETURN_FALSE;
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    static PyObject* const layout = PyUnicode_InternFromString("layout");
+    static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+    const bool grad = truthy(PyObject_CallNoArgs(torch.is_grad_enabled));
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      PyObject* t = args[i];
+      if (t == Py_None) continue;
+      if (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter) Py_RETURN_FALSE;
+      if (grad && truthy(PyObject_GetAttr(t, requires_grad))) Py_RETURN_FALSE;
+      if (!truthy(PyObject_GetAttr(t, is_cpu))) Py_RETURN_FALSE;
+      PyObject* found = PyObject_GetAttr(t, layout);
+      if (!found) throw py::error_already_set();
+      Py_DECREF(found);
+      if (found != torch.layout_strided) Py_RETURN_FALSE;
+      if (truthy(PyObject_Vectorcall(torch.is_neg, &t, 1, nullptr))) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  }
+}
+
+PyMethodDef direct_def = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct)),
+                          METH_FASTCALL, "Whether these tensors may skip torch's dispatcher."};
+
+void fill_handles(bool use_dlpack) {
+  auto& h = torch_handles();
+  auto torch = py::module_::import("torch");
+  auto own = [](py::object o) { return o.release().ptr(); };  // kept for the life of the process
+  h.tensor = reinterpret_cast<PyTypeObject*>(own(torch.attr("Tensor")));
+  h.parameter = reinterpret_cast<PyTypeObject*>(own(torch.attr("nn").attr("Parameter")));
+  auto c = torch.attr("_C");
+  h.get_num_threads = own(c.attr("get_num_threads"));
+  h.is_grad_enabled = own(torch.attr("is_grad_enabled"));
+  h.is_neg = own(torch.attr("Tensor").attr("is_neg"));
+  h.layout_strided = own(torch.attr("strided"));
+  h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
+  h.function_depth = own(c.attr("_len_torch_function_stack"));
+  h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));
+  h.api = nullptr;
+  py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+  if (use_dlpack && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    auto* header = static_cast<const dlpack::ExchangeApiHeader*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (header && header->version.major != 1) header = header->previous;
+    const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+    if (api && api->tensor_from_object) h.api = api;
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Tilewright's kernels. Private: use the functions of tilewright.";
+  fill_handles(true);
+  if (const char* n = std::getenv("TILEWRIGHT_NUM_THREADS"); n && *n) {
+    char* end = nullptr;
+    const long value = std::strtol(n, &end, 10);
+    if (*end || value < 1 || value > 1024)
+      throw py::value_error("TILEWRIGHT_NUM_THREADS must be a whole number from 1 to 1024, got \"" +
+                            std::string(n) + "\"");
+    threads_override = static_cast<int>(value);
+  }
+  active();  // an impossible TILEWRIGHT_ISA fails the import, with its message
+
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const NotSupported& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what());
+    }
+  });
+
+  PyObject* f = PyCFunction_NewEx(&direct_def, nullptr, nullptr);
+  m.attr("direct") = py::reinterpret_steal<py::object>(f);
+
+  m.def("set_num_threads", [](int n) { threads_override = n; });
+  m.def("get_num_threads", &threads_now);
+  m.def("usable_cpus", &usable_cpus);
+  m.def("isa", [] { return name_of(active()); });
+  m.def("isa_found", [] {
+    py::list found;
+    for (int i = 0; i < static_cast<int>(Isa::count); ++i)
+      if (has(static_cast<Isa>(i))) found.append(name_of(static_cast<Isa>(i)));
+    return found;
+  });
+  m.def("last_impl", [](const std::string& op) -> py::object {
+    const char* s = last_implementation(op.c_str());
+    return s ? py::object(py::str(s)) : py::none();
+  });
+  m.def("record", [](const std::string& op, const std::string& implementation) {
+    record(op.c_str(), implementation == "reference" ? "reference" : "triton");
+  });
+  m.def("uses_dlpack", [] { return torch_handles().api != nullptr; });
+  m.def("use_dlpack", &fill_handles, "For tests: read tensors through DLPack or attribute by attribute.");
+
+  m.def("norm",
+        [](const std::string& op, const TensorView& x, const TensorView& residual, const TensorView& weight,
+           const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred) {
+          launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
+        });
+}

@@ -1,0 +1,68 @@
+#include "cpu/table.h"
+
+#include <cstring>
+#include <initializer_list>
+#include <mutex>
+
+namespace tilewright {
+namespace {
+
+template <class Fn>
+Entry<Fn> pick(std::initializer_list<Entry<Fn>> weakest_first) {
+  Entry<Fn> best = *weakest_first.begin();
+  for (const auto& e : weakest_first)
+    if (e.isa <= active() && has(e.isa)) best = e;
+  return best;
+}
+
+Table make() {
+  Table t;
+  t.norm = pick<NormKernel>({{norm_scalar, Isa::scalar}, {norm_avx2, Isa::avx2}, {norm_avx512, Isa::avx512}});
+  return t;
+}
+
+struct Record {
+  const char* op;
+  std::atomic<const char*> implementation;
+};
+constexpr int kMaxOps = 64;
+Record records[kMaxOps];
+std::atomic<int> n_records{0};
+std::mutex records_mutex;
+
+Record* find(const char* op) {
+  const int n = n_records.load(std::memory_order_acquire);
+  for (int i = 0; i < n; ++i)
+    if (records[i].op == op || !std::strcmp(records[i].op, op)) return &records[i];
+  return nullptr;
+}
+
+}  // namespace
+
+const Table& table() {
+  static const Table t = make();
+  return t;
+}
+
+void record(const char* op, const char* implementation) {
+  Record* r = find(op);
+  if (!r) {
+    std::lock_guard<std::mutex> guard(records_mutex);
+    r = find(op);
+    if (!r) {
+      const int n = n_records.load(std::memory_order_relaxed);
+      if (n == kMaxOps) return;
+      records[n].op = strdup(op);  // lives as long as the process
+      r = &records[n];
+      n_records.store(n + 1, std::memory_order_release);
+    }
+  }
+  r->implementation.store(implementation, std::memory_order_relaxed);
+}
+
+const char* last_implementation(const char* op) {
+  const Record* r = find(op);
+  return r ? r->implementation.load(std::memory_order_relaxed) : nullptr;
+}
+
+}  // namespace tilewright

@@ -1,0 +1,28 @@
+// The only place that dispatches: for every op the function of the strongest level that is compiled for it
+// and that active() allows.
+#pragma once
+#include <atomic>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+namespace tilewright {
+
+template <class Fn>
+struct Entry {
+  Fn fn;
+  Isa isa;
+};
+
+struct Table {
+  Entry<NormKernel> norm;
+};
+
+const Table& table();
+
+// The implementation that last served an op, for last_impl(). Names are string literals.
+void record(const char* op, const char* implementation);
+inline void record(const char* op, Isa isa) { record(op, name_of(isa)); }
+const char* last_implementation(const char* op);  // nullptr: never ran
+
+}  // namespace tilewright

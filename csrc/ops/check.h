@@ -1,0 +1,55 @@
+// Validation that several ops share.
+#pragma once
+#include <string>
+
+#include "cpu/kernels.h"
+#include "tensor.h"
+
+namespace tilewright {
+
+inline bool is_float_storage(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
+inline Storage storage_of(DType t) {
+  return t == DType::f32 ? Storage::f32 : t == DType::bf16 ? Storage::bf16 : Storage::f16;
+}
+
+inline bool same_shape(const TensorView& a, const TensorView& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] != b.shape[i]) return false;
+  return true;
+}
+
+inline void expect_cpu(const char* op, const char* name, const TensorView& t) {
+  expect(t.device_type == 1, op, std::string(name) + " must be a CPU tensor");
+}
+
+inline void expect_storage(const char* op, const char* name, const TensorView& t) {
+  expect(is_float_storage(t.dtype), op,
+         std::string(name) + " must be float32, bfloat16 or float16, got " + name_of(t.dtype));
+}
+
+inline void expect_unit_stride(const char* op, const char* name, const TensorView& t) {
+  expect(t.ndim >= 1 && (t.stride(-1) == 1 || t.dim(-1) <= 1), op,
+         std::string(name) + " must be contiguous in its last dimension, got stride " +
+             std::to_string(t.ndim ? t.stride(-1) : 0));
+}
+
+inline Rows rows_of(const TensorView& t) {
+  Rows r;
+  r.base = t.data;
+  // Merge leading dimensions that lie one after the other: most tensors become one.
+  for (int i = 0; i + 1 < t.ndim; ++i) {
+    if (t.shape[i] == 1) continue;
+    if (r.dims > 0 && r.strides[r.dims - 1] == t.shape[i] * t.strides[i]) {
+      r.shape[r.dims - 1] *= t.shape[i];
+      r.strides[r.dims - 1] = t.strides[i];
+    } else {
+      r.shape[r.dims] = t.shape[i];
+      r.strides[r.dims] = t.strides[i];
+      ++r.dims;
+    }
+  }
+  return r;
+}
+
+}  // namespace tilewright

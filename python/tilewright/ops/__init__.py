@@ -1,0 +1,8 @@
+"""The kernels' public functions. One module per op: the function, its float64 reference, its registration."""
+
+from tilewright.ops.norm import layer_norm, rms_norm
+
+__all__ = [
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,0 +1,58 @@
+"""How an op reaches torch: schema, CPU kernel, fake kernel and gradient, registered once per op.
+
+Every public op function has two ways down. The direct path calls the binding at once; it is taken for plain
+strided CPU tensors that need no gradient, outside any dispatch mode, function mode, functorch level or
+compilation. Everything else goes through ``torch.ops.tilewright``, which torch.compile and autograd see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tilewright import _C
+
+_library = torch.library.Library("tilewright", "DEF")
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+
+def register(
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Define ``tilewright::<schema>`` with its CPU kernel and fake kernel, and a gradient if it has one.
+
+    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"tilewright::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"tilewright::{name}", backward, setup_context=setup_context, lib=_library
+        )
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """Whether the direct path may be taken with these arguments."""
+    return not torch.compiler.is_compiling() and _C.direct(*tensors)
+
+
+def check_backend(op: str, backend: str) -> None:
+    """Raise unless ``backend`` names an implementation that this op has in this build."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("cuda", "triton"):
+        raise NotImplementedError(f"{op}: backend={backend!r} is not built yet; supported: reference, cpu")
+
+
+def contiguous_last(t: torch.Tensor) -> torch.Tensor:
+    """``t`` itself if its last dimension is contiguous, else a contiguous copy: kernels never copy."""
+    return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
