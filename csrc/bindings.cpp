@@ -163,4 +163,22 @@ PYBIND11_MODULE(_C, m) {
            const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred) {
           launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
         });
+
+  m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits,
+                     int64_t group_size, int offset, int scale_bits, const TensorView& bias,
+                     const std::string& activation, const TensorView& out) {
+    launch([&] { linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out); });
+  });
+  m.def("packed_block_bytes", &packed_block_bytes);
+  m.def("pack_codes", [](const TensorView& codes, const TensorView& scales, const TensorView& offsets,
+                         const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size,
+                         int offset, int scale_bits) {
+    launch([&] { pack_codes(codes, scales, offsets, out, n, k, bits, group_size, offset, scale_bits); });
+  });
+  m.def("pack_gguf", [](const TensorView& raw, const std::string& type, const TensorView& out, int64_t n,
+                        int64_t k) { launch([&] { pack_gguf(raw, type, out, n, k); }); });
+  m.def("weight_rows", [](const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
+                          int64_t group_size, int offset, int scale_bits, const TensorView& out) {
+    launch([&] { weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out); });
+  });
 }

@@ -2,6 +2,8 @@
 // implementation and runs it on the team. Errors: std::invalid_argument (ValueError in Python),
 // NotSupported (NotImplementedError).
 #pragma once
+#include <string>
+
 #include "tensor.h"
 
 namespace tilewright {
@@ -9,5 +11,20 @@ namespace tilewright {
 // An absent tensor is a default TensorView.
 void norm(const char* op, const TensorView& x, const TensorView& residual, const TensorView& weight,
           const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred);
+
+// out = x @ w.T + bias with a packed weight (cpu/kernels.h: PackedWeight). bias is float32.
+void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits, int64_t group_size,
+            int offset, int scale_bits, const TensorView& bias, const std::string& activation,
+            const TensorView& out);
+
+// Packing. offset: 0 none, 1 zero points, 2 minima; scale_bits: 16 or 32; group_size -1: one group a row.
+int64_t packed_block_bytes(int64_t k, int bits, int64_t group_size, int offset, int scale_bits);
+void pack_codes(const TensorView& codes, const TensorView& scales, const TensorView& offsets,
+                const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size, int offset,
+                int scale_bits);
+void pack_gguf(const TensorView& raw, const std::string& type, const TensorView& out, int64_t n, int64_t k);
+// Dequantised rows: out[i] = w[index[i]], float32.
+void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
+                 int64_t group_size, int offset, int scale_bits, const TensorView& out);
 
 }  // namespace tilewright

@@ -32,6 +32,78 @@ struct NormArgs {
 };
 using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end);
 
+// A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
+//   codes    k_blocks() x 32 k x 32 rows; 32 k are 8 steps of 4: 8 bits: [32 rows][4 k] bytes a step;
+//            4 bits: [16][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
+//   scales   [groups()][32 rows], fp16 or fp32
+//   offsets  [groups()][32 rows]: nothing, zero points (uint8), or minima (as the scales)
+//   padding to 64 bytes
+// and w = scale * (code - 2^(bits-1)), scale * (code - zero), or scale * code + min.
+enum class Offset : uint8_t { none, zero, min };
+struct PackedWeight {
+  const uint8_t* data = nullptr;
+  int64_t n = 0, k = 0;
+  int64_t group = 0;  // columns that share a scale: a multiple of 32, or k for one group a row
+  int bits = 0;
+  Offset offset = Offset::none;
+  bool half_scales = true;
+
+  int64_t n_blocks() const { return (n + 31) / 32; }
+  int64_t k_blocks() const { return (k + 31) / 32; }
+  int64_t blocks_per_group() const { return (group + 31) / 32; }
+  int64_t groups() const { return (k_blocks() + blocks_per_group() - 1) / blocks_per_group(); }
+  int64_t scale_bytes() const { return half_scales ? 2 : 4; }
+  int64_t offset_bytes() const {
+    return offset == Offset::none ? 0 : offset == Offset::zero ? 1 : scale_bytes();
+  }
+  int64_t code_bytes() const { return k_blocks() * 128 * bits; }
+  int64_t block_bytes() const {
+    return (code_bytes() + groups() * 32 * (scale_bytes() + offset_bytes()) + 63) / 64 * 64;
+  }
+};
+
+// Activations for the integer kernels: per row and 32 k, codes = round_half_even(x / scale), scale =
+// max|x| / 127 (one scale a row with per_token). A block with a NaN or inf gets codes 0 and scale NaN.
+struct QuantiseArgs {
+  Rows x;
+  Storage dtype = Storage::f32;
+  int64_t k = 0, k_blocks = 0;
+  bool per_token = false;
+  Offset offset = Offset::none;
+  int zero = 0;                    // implicit zero point of the weight, for Offset::none
+  int8_t* codes = nullptr;         // [m][k_blocks * 32]
+  float* scales = nullptr;         // [m][k_blocks]
+  int32_t* corrections = nullptr;  // [m][k_blocks]: -zero * sum, -sum, or the bits of float(sum) * scale
+};
+using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t row_end);
+
+// out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
+struct LinearArgs {
+  PackedWeight w;
+  // Integer kernels: what QuantiseArgs made. Float kernels: x as float or bf16 [m][k_blocks * 32], zero
+  // beyond k, and for bf16 the sums of each 32 k.
+  const int8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const int32_t* corrections = nullptr;
+  const void* x = nullptr;
+  const float* sums = nullptr;
+  const float* bias = nullptr;
+  Rows out;
+  Storage out_dtype = Storage::f32;
+};
+// One block of 32 outputs for rows [m_begin, m_end). panel: linear_panel_bytes() of memory of this thread.
+using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
+
+struct PrepareArgs {  // x to what the float kernels read
+  Rows x;
+  Storage dtype = Storage::f32;
+  int64_t k = 0, k_blocks = 0;
+  bool round_bf16 = false;
+  void* out = nullptr;    // float or, where pairs, bf16
+  float* sums = nullptr;  // with pairs
+};
+using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
+
 #define TW_DECLARE(op, ...)      \
   void op##_scalar __VA_ARGS__;  \
   void op##_avx2 __VA_ARGS__;    \
@@ -39,6 +111,12 @@ using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end)
   void op##_avx512 __VA_ARGS__;  \
   void op##_avx512bf16 __VA_ARGS__;
 
+TW_DECLARE(quantise_rows, (const QuantiseArgs&, int64_t, int64_t))
+TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(prepare_f32, (const PrepareArgs&, int64_t, int64_t))
+TW_DECLARE(linear_f32, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(prepare_bf16, (const PrepareArgs&, int64_t, int64_t))
+TW_DECLARE(linear_bf16, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
 
 }  // namespace tilewright

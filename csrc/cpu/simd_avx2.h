@@ -158,11 +158,11 @@ TW_INLINE I broadcast4(const int8_t* x) {
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     return _mm256_dpbusd_avx_epi32(acc, w, broadcast4(x));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 #else
 template <int bits>
@@ -173,7 +173,7 @@ struct Dot;
 template <>
 struct Dot<8> {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     const I v = broadcast4(x);
     const I x_even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), x_odd = _mm256_srai_epi16(v, 8);
@@ -181,18 +181,20 @@ struct Dot<8> {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, x_even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, x_odd));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 // u4 x s8: a step adds at most 2 * 15 * 127 = 3810 to a 16-bit lane, and a block of 32 k has 8 steps: 30480.
 template <>
 struct Dot<4> {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I) { return _mm256_setzero_si256(); }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, broadcast4(x)));
   }
-  static TW_INLINE I finish(Acc acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  static TW_INLINE I finish(Acc acc, I init) {
+    return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), init);
+  }
 };
 #endif
 

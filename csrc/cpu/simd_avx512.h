@@ -134,17 +134,18 @@ TW_INLINE void store_s8(int8_t* p, F x) {  // round half to even; |x| <= 127
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// acc += dot(u8 w, s8 x) over the 4 bytes of each lane; x is the same for all lanes.
+// init + dot(u8 w, s8 x), exact, over the 4 bytes of each lane and up to 8 steps; x is the same for all
+// lanes. `init` is given to both start and finish: an accumulator that is not 32 bits wide adds it last.
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm512_setzero_si512(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
     return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 }  // namespace

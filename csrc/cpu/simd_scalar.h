@@ -183,7 +183,7 @@ TW_INLINE void store_s8(int8_t* p, F x) {
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return iset1(0); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     TW_LANES {
       const uint32_t u = uint32_t(w.v[i]);
@@ -192,7 +192,7 @@ struct Dot {
     }
     return acc;
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 #undef TW_LANES

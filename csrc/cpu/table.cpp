@@ -18,6 +18,17 @@ Entry<Fn> pick(std::initializer_list<Entry<Fn>> weakest_first) {
 Table make() {
   Table t;
   t.norm = pick<NormKernel>({{norm_scalar, Isa::scalar}, {norm_avx2, Isa::avx2}, {norm_avx512, Isa::avx512}});
+  t.quantise_rows = pick<QuantiseKernel>({{quantise_rows_scalar, Isa::scalar},
+                                          {quantise_rows_avx2, Isa::avx2},
+                                          {quantise_rows_avx512, Isa::avx512}});
+  t.linear_int8 = pick<LinearKernel>({{linear_int8_scalar, Isa::scalar},
+                                      {linear_int8_avx2, Isa::avx2},
+                                      {linear_int8_avxvnni, Isa::avxvnni},
+                                      {linear_int8_avx512, Isa::avx512}});
+  t.prepare_f32 = pick<PrepareKernel>(
+      {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
+  t.linear_f32 = pick<LinearKernel>(
+      {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
   return t;
 }
 

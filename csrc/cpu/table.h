@@ -16,6 +16,9 @@ struct Entry {
 
 struct Table {
   Entry<NormKernel> norm;
+  Entry<QuantiseKernel> quantise_rows;
+  Entry<LinearKernel> linear_int8, linear_f32;
+  Entry<PrepareKernel> prepare_f32;
 };
 
 const Table& table();

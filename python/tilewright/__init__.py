@@ -7,7 +7,8 @@ import importlib
 import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPack exchange table)
 
 from tilewright._version import __version__
-from tilewright.ops import layer_norm, rms_norm
+from tilewright.ops import layer_norm, quantized_linear, rms_norm
+from tilewright.quant import QuantizedLinear, QuantizedWeight, quantize_, quantize_weight
 from tilewright.runtime import get_num_threads, info, isa, last_impl, set_num_threads
 
 # Imported on first use, so that `import tilewright` costs little beside torch.
@@ -22,12 +23,17 @@ _LAZY: dict[str, str] = {
 }
 
 __all__ = [
+    "QuantizedLinear",
+    "QuantizedWeight",
     "__version__",
     "get_num_threads",
     "info",
     "isa",
     "last_impl",
     "layer_norm",
+    "quantize_",
+    "quantize_weight",
+    "quantized_linear",
     "rms_norm",
     "set_num_threads",
     *_LAZY,

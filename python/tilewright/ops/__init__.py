@@ -1,8 +1,10 @@
 """The kernels' public functions. One module per op: the function, its float64 reference, its registration."""
 
+from tilewright.ops.linear import quantized_linear
 from tilewright.ops.norm import layer_norm, rms_norm
 
 __all__ = [
     "layer_norm",
+    "quantized_linear",
     "rms_norm",
 ]
