@@ -181,4 +181,15 @@ PYBIND11_MODULE(_C, m) {
                           int64_t group_size, int offset, int scale_bits, const TensorView& out) {
     launch([&] { weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out); });
   });
+
+  m.def("attention",
+        [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+           const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+           const TensorView& k_start, const TensorView& k_end, float scale, float softcap, int causal,
+           int64_t window_left, int64_t window_right, const TensorView& out, const TensorView& lse) {
+          launch([&] {
+            attention(q, k, v, mask, bias, alibi, sinks, k_start, k_end,
+                      {scale, softcap, causal, window_left, window_right}, out, lse);
+          });
+        });
 }

@@ -27,4 +27,15 @@ void pack_gguf(const TensorView& raw, const std::string& type, const TensorView&
 void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
                  int64_t group_size, int offset, int scale_bits, const TensorView& out);
 
+// Attention forward; see cpu/kernels/attention.cpp. Absent tensors are default TensorViews.
+struct AttentionOptions {
+  float scale = 1, softcap = 0;
+  int causal = 0;  // 0 none, 1 top-left, 2 bottom-right
+  int64_t window_left = -1, window_right = -1;
+};
+void attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+               const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+               const TensorView& k_start, const TensorView& k_end, const AttentionOptions& options,
+               const TensorView& out, const TensorView& lse);
+
 }  // namespace tilewright

@@ -104,6 +104,53 @@ struct PrepareArgs {  // x to what the float kernels read
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 
+// out = softmax(scale * q k^T + ...) v for tensors (batch, heads, seq, head_dim). Strides count elements; the
+// last dimension of q, k, v and out is contiguous.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;  // strides
+  Storage dtype = Storage::f32;
+};
+enum class MaskKind : uint8_t { none, boolean, f32, bf16, f16 };
+struct ScoreTensor {  // broadcast to (batch, heads, seq_q, seq_k) by zero strides
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, key = 0;
+  MaskKind kind = MaskKind::none;
+};
+enum class Causal : uint8_t { none, top_left, bottom_right };
+
+struct AttentionArgs {
+  AttentionTensor q, k, v, out;
+  int64_t batch = 0, heads = 0, kv_heads = 0, seq_q = 0, seq_k = 0, head_dim = 0, v_dim = 0;
+  float* lse = nullptr;          // (batch, heads, seq_q), contiguous
+  ScoreTensor mask, bias;        // mask: boolean, true = attend; bias: added after softcap
+  const float* alibi = nullptr;  // slopes (batch, heads) or (heads): alibi_batch is 0 then
+  int64_t alibi_batch = 0;
+  const float* sinks = nullptr;      // (heads): one more logit in the denominator
+  const int64_t* k_start = nullptr;  // (batch): valid keys are [k_start, k_end); null: [0, seq_k)
+  const int64_t* k_end = nullptr;
+  float scale = 1, softcap = 0;  // softcap 0: none
+  Causal causal = Causal::none;
+  int64_t window_left = -1, window_right = -1;
+  // Set by the caller from the shapes:
+  void* packed_k = nullptr;  // prefill: per (batch, kv head, key block); see attention.cpp
+  void* packed_v = nullptr;
+  uint8_t* v_not_finite = nullptr;  // per (batch, kv head, key block)
+  int64_t key_blocks = 0;           // of kKeyBlock keys from k_start
+  float* partials = nullptr;        // decode: [batch * kv_heads][chunks][rows][v_pad + 2]
+  int64_t chunks = 0;
+};
+constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
+constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
+constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
+constexpr int64_t kDecodeChunk = 256;  // keys per decode task
+constexpr int64_t kDecodeBlock = 64;   // keys per softmax step: their K and V rows are in L1 when used
+// Bytes a packed K or V block needs, and the scratch of one task, at any level.
+inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
+
+using AttentionKernel = void (*)(const AttentionArgs&, int64_t task, void* scratch);
+
 #define TW_DECLARE(op, ...)      \
   void op##_scalar __VA_ARGS__;  \
   void op##_avx2 __VA_ARGS__;    \
@@ -117,6 +164,10 @@ TW_DECLARE(prepare_f32, (const PrepareArgs&, int64_t, int64_t))
 TW_DECLARE(linear_f32, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
 TW_DECLARE(prepare_bf16, (const PrepareArgs&, int64_t, int64_t))
 TW_DECLARE(linear_bf16, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(attention_pack, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
 
 }  // namespace tilewright

@@ -104,6 +104,12 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   const __m256i off = _mm256_cmpeq_epi32(f, _mm256_setzero_si256());
   return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(off));
 }
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+TW_INLINE bool any_not_finite(F a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(abs(a), _mm256_set1_ps(__builtin_inff()), _CMP_NLT_UQ)) != 0;
+}
 TW_INLINE F lane_index() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 
 // In-register 8 x 8 transpose of fp32.

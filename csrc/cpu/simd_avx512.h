@@ -85,6 +85,12 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {  // flags[i]
   const __m128i f = _mm_maskz_loadu_epi8(tail_mask(n), flags);
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(f, f), b, a);
 }
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+TW_INLINE bool any_not_finite(F a) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ) != 0;
+}
 TW_INLINE F lane_index() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // In-register 16 x 16 transpose of fp32.

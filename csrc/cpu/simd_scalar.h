@@ -118,6 +118,15 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   for (int i = 0; i < n; ++i) b.v[i] = flags[i] ? a.v[i] : b.v[i];
   return b;
 }
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  TW_LANES no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
+  return no;
+}
+TW_INLINE bool any_not_finite(F a) {
+  bool r = false;
+  TW_LANES r |= !(__builtin_fabsf(a.v[i]) < __builtin_inff());
+  return r;
+}
 TW_INLINE F lane_index() {
   F r;
   TW_LANES r.v[i] = float(i);

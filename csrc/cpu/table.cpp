@@ -29,6 +29,16 @@ Table make() {
       {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
   t.linear_f32 = pick<LinearKernel>(
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
+#define TW_ATTENTION(op)                                    \
+  t.op = pick<AttentionKernel>({{op##_scalar, Isa::scalar}, \
+                                {op##_avx2, Isa::avx2},     \
+                                {op##_avx512, Isa::avx512}, \
+                                {op##_avx512bf16, Isa::avx512bf16}});
+  TW_ATTENTION(attention_pack)
+  TW_ATTENTION(attention_prefill)
+  TW_ATTENTION(attention_decode)
+  TW_ATTENTION(attention_merge)
+#undef TW_ATTENTION
   return t;
 }
 

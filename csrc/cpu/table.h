@@ -19,6 +19,7 @@ struct Table {
   Entry<QuantiseKernel> quantise_rows;
   Entry<LinearKernel> linear_int8, linear_f32;
   Entry<PrepareKernel> prepare_f32;
+  Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
 };
 
 const Table& table();

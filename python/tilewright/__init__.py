@@ -7,7 +7,7 @@ import importlib
 import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPack exchange table)
 
 from tilewright._version import __version__
-from tilewright.ops import layer_norm, quantized_linear, rms_norm
+from tilewright.ops import attention, layer_norm, quantized_linear, rms_norm, scaled_dot_product_attention
 from tilewright.quant import QuantizedLinear, QuantizedWeight, quantize_, quantize_weight
 from tilewright.runtime import get_num_threads, info, isa, last_impl, set_num_threads
 
@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "__version__",
+    "attention",
     "get_num_threads",
     "info",
     "isa",
@@ -35,6 +36,7 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "scaled_dot_product_attention",
     "set_num_threads",
     *_LAZY,
 ]
