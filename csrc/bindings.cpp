@@ -51,8 +51,8 @@ long number(PyObject* callable) {
 }
 
 // direct(*tensors_or_None) -> bool: whether these may be handed to a kernel without torch's dispatcher.
-// They may not if any is a subclass, not strided on CPU, lazily negated, or needs a gradient, or while a
-// dispatch mode, function mode or functorch level is active.
+// They may not if any is a subclass, not on a CPU, lazily negated, or needs a gradient, or while a dispatch
+// mode, function mode or functorch level is active. (Layouts other than strided fail in the DLPack export.)
 PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const auto& torch = torch_handles();
   try {
@@ -62,7 +62,6 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Py_DECREF(level);
     if (level != Py_None) Py_RETURN_FALSE;
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-    static PyObject* const layout = PyUnicode_InternFromString("layout");
     static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
     const bool grad = truthy(PyObject_CallNoArgs(torch.is_grad_enabled));
     for (Py_ssize_t i = 0; i < n; ++i) {
@@ -71,10 +70,6 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
       if (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter) Py_RETURN_FALSE;
       if (grad && truthy(PyObject_GetAttr(t, requires_grad))) Py_RETURN_FALSE;
       if (!truthy(PyObject_GetAttr(t, is_cpu))) Py_RETURN_FALSE;
-      PyObject* found = PyObject_GetAttr(t, layout);
-      if (!found) throw py::error_already_set();
-      Py_DECREF(found);
-      if (found != torch.layout_strided) Py_RETURN_FALSE;
       if (truthy(PyObject_Vectorcall(torch.is_neg, &t, 1, nullptr))) Py_RETURN_FALSE;
     }
     Py_RETURN_TRUE;
@@ -97,7 +92,6 @@ void fill_handles(bool use_dlpack) {
   h.get_num_threads = own(c.attr("get_num_threads"));
   h.is_grad_enabled = own(torch.attr("is_grad_enabled"));
   h.is_neg = own(torch.attr("Tensor").attr("is_neg"));
-  h.layout_strided = own(torch.attr("strided"));
   h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
   h.function_depth = own(c.attr("_len_torch_function_stack"));
   h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));

@@ -17,7 +17,8 @@ constexpr const char* kOp = "attention";
 AttentionTensor operand(const char* name, const TensorView& t) {
   expect_storage(kOp, name, t);
   expect_cpu(kOp, name, t);
-  expect(t.ndim == 4, kOp, std::string(name) + " must be (batch, heads, seq, head_dim), got " + shape_of(t));
+  TW_EXPECT(t.ndim == 4, kOp,
+            std::string(name) + " must be (batch, heads, seq, head_dim), got " + shape_of(t));
   expect_unit_stride(kOp, name, t);
   AttentionTensor a;
   a.data = t.data;
@@ -35,12 +36,12 @@ ScoreTensor scores(const char* name, const TensorView& t, const int64_t (&full)[
   expect_cpu(kOp, name, t);
   std::string wanted = "(" + std::to_string(full[0]) + ", " + std::to_string(full[1]) + ", " +
                        std::to_string(full[2]) + ", " + std::to_string(full[3]) + ")";
-  expect(t.ndim <= 4, kOp, std::string(name) + " must broadcast to " + wanted + ", got " + shape_of(t));
+  TW_EXPECT(t.ndim <= 4, kOp, std::string(name) + " must broadcast to " + wanted + ", got " + shape_of(t));
   int64_t* strides[4] = {&s.batch, &s.head, &s.row, &s.key};
   for (int i = 1; i <= t.ndim; ++i) {
     const int64_t size = t.dim(-i);
-    expect(size == full[4 - i] || size == 1, kOp,
-           std::string(name) + " must broadcast to " + wanted + ", got " + shape_of(t));
+    TW_EXPECT(size == full[4 - i] || size == 1, kOp,
+              std::string(name) + " must broadcast to " + wanted + ", got " + shape_of(t));
     *strides[4 - i] = size == 1 ? 0 : t.stride(-i);
   }
   s.data = t.data;
@@ -54,17 +55,17 @@ ScoreTensor scores(const char* name, const TensorView& t, const int64_t (&full)[
 const float* per_head(const char* name, const TensorView& t, int64_t heads) {
   if (!t) return nullptr;
   expect_cpu(kOp, name, t);
-  expect(t.dtype == DType::f32 && t.dim(-1) == heads && (heads == 1 || t.stride(-1) == 1), kOp,
-         std::string(name) + " must be contiguous float32 with " + std::to_string(heads) + " heads, got " +
-             name_of(t.dtype) + " " + shape_of(t));
+  TW_EXPECT(t.dtype == DType::f32 && t.dim(-1) == heads && (heads == 1 || t.stride(-1) == 1), kOp,
+            std::string(name) + " must be contiguous float32 with " + std::to_string(heads) + " heads, got " +
+                name_of(t.dtype) + " " + shape_of(t));
   return t.as<const float>();
 }
 
 const int64_t* per_batch(const char* name, const TensorView& t, int64_t batch) {
   if (!t) return nullptr;
-  expect(t.device_type == 1 && t.dtype == DType::i64 && t.ndim == 1 && t.dim(0) == batch &&
-             (batch <= 1 || t.stride(0) == 1),
-         kOp, std::string(name) + " must be contiguous int64 of shape (" + std::to_string(batch) + ",)");
+  TW_EXPECT(t.device_type == 1 && t.dtype == DType::i64 && t.ndim == 1 && t.dim(0) == batch &&
+                (batch <= 1 || t.stride(0) == 1),
+            kOp, std::string(name) + " must be contiguous int64 of shape (" + std::to_string(batch) + ",)");
   return t.as<const int64_t>();
 }
 
@@ -114,21 +115,21 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.out = operand("out", out);
   a.batch = q.shape[0], a.heads = q.shape[1], a.seq_q = q.shape[2], a.head_dim = q.shape[3];
   a.kv_heads = k.shape[1], a.seq_k = k.shape[2], a.v_dim = v.shape[3];
-  expect(k.dtype == v.dtype && (q.dtype == k.dtype || q.dtype == DType::f32) && out.dtype == q.dtype, kOp,
-         std::string("q, k, v and out must have one dtype (a float32 q may meet 16-bit k, v), got ") +
-             name_of(q.dtype) + ", " + name_of(k.dtype) + ", " + name_of(v.dtype) + ", " +
-             name_of(out.dtype));
-  expect(k.shape[0] == a.batch && v.shape[0] == a.batch && v.shape[1] == a.kv_heads &&
-             v.shape[2] == a.seq_k && k.shape[3] == a.head_dim,
-         kOp,
-         "k and v must be (batch, kv_heads, seq_k, head_dim) matching q " + shape_of(q) + ", got k " +
-             shape_of(k) + ", v " + shape_of(v));
-  expect(out.shape[0] == a.batch && out.shape[1] == a.heads && out.shape[2] == a.seq_q &&
-             out.shape[3] == a.v_dim,
-         kOp, "out has shape " + shape_of(out));
-  expect(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, kOp,
-         "the number of query heads must be a multiple of the key heads, got " + std::to_string(a.heads) +
-             " and " + std::to_string(a.kv_heads));
+  TW_EXPECT(k.dtype == v.dtype && (q.dtype == k.dtype || q.dtype == DType::f32) && out.dtype == q.dtype, kOp,
+            std::string("q, k, v and out must have one dtype (a float32 q may meet 16-bit k, v), got ") +
+                name_of(q.dtype) + ", " + name_of(k.dtype) + ", " + name_of(v.dtype) + ", " +
+                name_of(out.dtype));
+  TW_EXPECT(k.shape[0] == a.batch && v.shape[0] == a.batch && v.shape[1] == a.kv_heads &&
+                v.shape[2] == a.seq_k && k.shape[3] == a.head_dim,
+            kOp,
+            "k and v must be (batch, kv_heads, seq_k, head_dim) matching q " + shape_of(q) + ", got k " +
+                shape_of(k) + ", v " + shape_of(v));
+  TW_EXPECT(out.shape[0] == a.batch && out.shape[1] == a.heads && out.shape[2] == a.seq_q &&
+                out.shape[3] == a.v_dim,
+            kOp, "out has shape " + shape_of(out));
+  TW_EXPECT(a.kv_heads > 0 ? a.heads % a.kv_heads == 0 : a.heads == 0, kOp,
+            "the number of query heads must be a multiple of the key heads, got " + std::to_string(a.heads) +
+                " and " + std::to_string(a.kv_heads));
   constexpr int64_t kMaxDim = 512;
   if (a.head_dim > kMaxDim || a.v_dim > kMaxDim)
     throw NotSupported("attention: head_dim up to 512 is supported, got " +
@@ -136,11 +137,11 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   const int64_t full[4] = {a.batch, a.heads, a.seq_q, a.seq_k};
   a.mask = scores("mask", mask, full);
   a.bias = scores("bias", bias, full);
-  expect(!mask || mask.dtype == DType::boolean, kOp, "mask must be boolean");
-  expect(!bias || is_float_storage(bias.dtype), kOp, "bias must be float32, bfloat16 or float16");
+  TW_EXPECT(!mask || mask.dtype == DType::boolean, kOp, "mask must be boolean");
+  TW_EXPECT(!bias || is_float_storage(bias.dtype), kOp, "bias must be float32, bfloat16 or float16");
   a.alibi = per_head("alibi_slopes", alibi, a.heads);
   if (a.alibi && alibi.ndim == 2) {
-    expect(alibi.dim(0) == a.batch, kOp, "alibi_slopes must be (heads,) or (batch, heads)");
+    TW_EXPECT(alibi.dim(0) == a.batch, kOp, "alibi_slopes must be (heads,) or (batch, heads)");
     a.alibi_batch = alibi.strides[0];
   }
   a.sinks = per_head("sinks", sinks, a.heads);
@@ -152,16 +153,16 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.window_left = options.window_left;
   a.window_right = options.window_right;
   if (lse) {
-    expect(lse.dtype == DType::f32 && lse.numel() == a.batch * a.heads * a.seq_q, kOp,
-           "lse has a wrong shape");
+    TW_EXPECT(lse.dtype == DType::f32 && lse.numel() == a.batch * a.heads * a.seq_q, kOp,
+              "lse has a wrong shape");
     a.lse = lse.as<float>();
   }
   int64_t longest = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t begin = a.k_start ? a.k_start[b] : 0, end = a.k_end ? a.k_end[b] : a.seq_k;
-    expect(begin >= 0 && begin <= end && end <= a.seq_k, kOp,
-           "k_start and k_end must satisfy 0 <= start <= end <= " + std::to_string(a.seq_k) + ", got " +
-               std::to_string(begin) + " and " + std::to_string(end));
+    TW_EXPECT(begin >= 0 && begin <= end && end <= a.seq_k, kOp,
+              "k_start and k_end must satisfy 0 <= start <= end <= " + std::to_string(a.seq_k) + ", got " +
+                  std::to_string(begin) + " and " + std::to_string(end));
     longest = std::max(longest, end - begin);
   }
   const Table& t = table();

@@ -49,17 +49,17 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   expect_cpu(kOp, "out", out);
   expect_unit_stride(kOp, "x", x);
   expect_unit_stride(kOp, "out", out);
-  expect(
+  TW_EXPECT(
       x.dim(-1) == k, kOp,
       "the last dimension of x must be the weight's " + std::to_string(k) + " columns, got x " + shape_of(x));
   bool shapes = out.ndim == x.ndim && out.dim(-1) == n;
   for (int i = 0; shapes && i + 1 < x.ndim; ++i) shapes = out.shape[i] == x.shape[i];
-  expect(
+  TW_EXPECT(
       shapes && is_float_storage(out.dtype), kOp,
       "out must be a float tensor of x's shape with " + std::to_string(n) + " columns, got " + shape_of(out));
-  expect(!bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
-                   bias.dtype == DType::f32 && bias.device_type == 1),
-         kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
+  TW_EXPECT(!bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
+                      bias.dtype == DType::f32 && bias.device_type == 1),
+            kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
   const int64_t m = n == 0 || k == 0 ? 0 : x.numel() / k;
 
   LinearArgs a;
@@ -70,8 +70,8 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   const int64_t k_blocks = w.k_blocks(), kp = k_blocks * 32;
   const int64_t grain = std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, k));
   const bool integer = activation == "int8" || activation == "int8_token";
-  expect(integer || activation == "bf16" || activation == "fp32", kOp,
-         "activation must be int8, int8_token, bf16 or fp32, got " + activation);
+  TW_EXPECT(integer || activation == "bf16" || activation == "fp32", kOp,
+            "activation must be int8, int8_token, bf16 or fp32, got " + activation);
 
   if (integer) {
     record(kOp, table().linear_int8.isa);

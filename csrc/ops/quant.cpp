@@ -157,12 +157,13 @@ void unpack_row(const PackedWeight& w, int64_t row, float* out) {
 
 PackedWeight packed_weight(const char* op, const TensorView& packed, int64_t n, int64_t k, int bits,
                            int64_t group_size, int offset, int scale_bits) {
-  expect(n >= 0 && k >= 0 && n < (int64_t{1} << 40) && k < (int64_t{1} << 31), op, "impossible weight shape");
-  expect(bits == 4 || bits == 8, op, "bits must be 4 or 8, got " + std::to_string(bits));
-  expect(group_size == -1 || (group_size > 0 && group_size % 32 == 0), op,
-         "group_size must be -1 or a multiple of 32, got " + std::to_string(group_size));
-  expect(offset >= 0 && offset <= 2 && (scale_bits == 16 || scale_bits == 32), op,
-         "unknown offset or scale kind");
+  TW_EXPECT(n >= 0 && k >= 0 && n < (int64_t{1} << 40) && k < (int64_t{1} << 31), op,
+            "impossible weight shape");
+  TW_EXPECT(bits == 4 || bits == 8, op, "bits must be 4 or 8, got " + std::to_string(bits));
+  TW_EXPECT(group_size == -1 || (group_size > 0 && group_size % 32 == 0), op,
+            "group_size must be -1 or a multiple of 32, got " + std::to_string(group_size));
+  TW_EXPECT(offset >= 0 && offset <= 2 && (scale_bits == 16 || scale_bits == 32), op,
+            "unknown offset or scale kind");
   PackedWeight w;
   w.n = n;
   w.k = k;
@@ -172,13 +173,13 @@ PackedWeight packed_weight(const char* op, const TensorView& packed, int64_t n, 
   w.half_scales = scale_bits == 16;
   w.data = packed.as<const uint8_t>();
   expect_cpu(op, "the packed weight", packed);
-  expect(packed.dtype == DType::u8 && packed.ndim == 2 && packed.dim(0) == w.n_blocks() &&
-             packed.dim(1) == w.block_bytes() &&
-             (packed.numel() == 0 || packed.dim(0) == 1 || packed.stride(0) == packed.dim(1)) &&
-             (packed.numel() == 0 || packed.stride(1) == 1),
-         op,
-         "the packed weight must be contiguous uint8 of shape (" + std::to_string(w.n_blocks()) + ", " +
-             std::to_string(w.block_bytes()) + "), got " + name_of(packed.dtype) + " " + shape_of(packed));
+  TW_EXPECT(packed.dtype == DType::u8 && packed.ndim == 2 && packed.dim(0) == w.n_blocks() &&
+                packed.dim(1) == w.block_bytes() &&
+                (packed.numel() == 0 || packed.dim(0) == 1 || packed.stride(0) == packed.dim(1)) &&
+                (packed.numel() == 0 || packed.stride(1) == 1),
+            op,
+            "the packed weight must be contiguous uint8 of shape (" + std::to_string(w.n_blocks()) + ", " +
+                std::to_string(w.block_bytes()) + "), got " + name_of(packed.dtype) + " " + shape_of(packed));
   return w;
 }
 
@@ -201,15 +202,15 @@ void pack_codes(const TensorView& codes, const TensorView& scales, const TensorV
     return t.ndim == 2 && (t.numel() == 0 || ((t.shape[1] == 1 || t.strides[1] == 1) &&
                                               (t.shape[0] == 1 || t.strides[0] == t.shape[1])));
   };
-  expect(codes.dtype == DType::u8 && contiguous(codes) && codes.dim(0) == n && codes.dim(1) == k, op,
-         "codes must be contiguous uint8 (n, k)");
-  expect(scales.dtype == DType::f32 && contiguous(scales) && scales.dim(0) == n &&
-             scales.dim(1) == (k == 0 ? scales.dim(1) : w.groups()),
-         op, "scales must be contiguous float32 (n, groups)");
+  TW_EXPECT(codes.dtype == DType::u8 && contiguous(codes) && codes.dim(0) == n && codes.dim(1) == k, op,
+            "codes must be contiguous uint8 (n, k)");
+  TW_EXPECT(scales.dtype == DType::f32 && contiguous(scales) && scales.dim(0) == n &&
+                scales.dim(1) == (k == 0 ? scales.dim(1) : w.groups()),
+            op, "scales must be contiguous float32 (n, groups)");
   if (w.offset != Offset::none)
-    expect(offsets.dtype == (w.offset == Offset::min ? DType::f32 : DType::u8) && contiguous(offsets) &&
-               same_shape(offsets, scales),
-           op, "offsets must have the scales' shape, float32 for minima and uint8 for zero points");
+    TW_EXPECT(offsets.dtype == (w.offset == Offset::min ? DType::f32 : DType::u8) && contiguous(offsets) &&
+                  same_shape(offsets, scales),
+              op, "offsets must have the scales' shape, float32 for minima and uint8 for zero points");
   if (w.n == 0 || w.k == 0) return;
   pack_blocks(w,
               ArraySource{codes.as<const uint8_t>(), scales.as<const float>(), offsets.data, w.offset, k,
@@ -225,17 +226,17 @@ void pack_gguf(const TensorView& raw, const std::string& type, const TensorView&
   else if (type == "Q8_0")
     source.kind = GgufSource::q8_0;
   else
-    expect(type == "Q4_0", op, "unknown type " + type);
+    TW_EXPECT(type == "Q4_0", op, "unknown type " + type);
   const PackedWeight w = packed_weight(op, out, n, k, type == "Q8_0" ? 8 : 4, 32,
                                        static_cast<int>(type == "Q4_1" ? Offset::min : Offset::none), 16);
   source.row_bytes = k / 32 * source.block_bytes();
-  expect(k % 32 == 0 && raw.dtype == DType::u8 && raw.ndim == 2 && raw.dim(0) == n &&
-             raw.dim(1) == source.row_bytes &&
-             (raw.numel() == 0 || (raw.stride(1) == 1 && (n == 1 || raw.stride(0) == raw.dim(1)))),
-         op,
-         type + " data for shape (" + std::to_string(n) + ", " + std::to_string(k) +
-             ") must be contiguous uint8 of shape (" + std::to_string(n) + ", " +
-             std::to_string(source.row_bytes) + "), got " + shape_of(raw));
+  TW_EXPECT(k % 32 == 0 && raw.dtype == DType::u8 && raw.ndim == 2 && raw.dim(0) == n &&
+                raw.dim(1) == source.row_bytes &&
+                (raw.numel() == 0 || (raw.stride(1) == 1 && (n == 1 || raw.stride(0) == raw.dim(1)))),
+            op,
+            type + " data for shape (" + std::to_string(n) + ", " + std::to_string(k) +
+                ") must be contiguous uint8 of shape (" + std::to_string(n) + ", " +
+                std::to_string(source.row_bytes) + "), got " + shape_of(raw));
   if (w.n == 0 || w.k == 0) return;
   pack_blocks(w, source, out.as<uint8_t>());
 }
@@ -244,11 +245,11 @@ void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, i
                  int64_t group_size, int offset, int scale_bits, const TensorView& out) {
   constexpr const char* op = "QuantizedWeight.rows";
   const PackedWeight w = packed_weight(op, packed, n, k, bits, group_size, offset, scale_bits);
-  expect(index.dtype == DType::i64 && index.ndim == 1 && (index.dim(0) <= 1 || index.stride(0) == 1), op,
-         "index must be contiguous int64");
-  expect(out.dtype == DType::f32 && out.ndim == 2 && out.dim(0) == index.dim(0) && out.dim(1) == k &&
-             (out.numel() == 0 || (out.stride(0) == k && (k == 1 || out.stride(1) == 1))),
-         op, "out must be contiguous float32 (len(index), k)");
+  TW_EXPECT(index.dtype == DType::i64 && index.ndim == 1 && (index.dim(0) <= 1 || index.stride(0) == 1), op,
+            "index must be contiguous int64");
+  TW_EXPECT(out.dtype == DType::f32 && out.ndim == 2 && out.dim(0) == index.dim(0) && out.dim(1) == k &&
+                (out.numel() == 0 || (out.stride(0) == k && (k == 1 || out.stride(1) == 1))),
+            op, "out must be contiguous float32 (len(index), k)");
   const auto* rows = index.as<const int64_t>();
   for (int64_t i = 0; i < index.dim(0); ++i)
     if (rows[i] < 0 || rows[i] >= n)

@@ -55,9 +55,7 @@ def attention(
     """
     check_backend(_OP, backend)
     if dropout_p:
-        raise NotImplementedError(
-            f"{_OP}: dropout_p must be 0, got {dropout_p}; dropout is not supported yet"
-        )
+        raise NotImplementedError(f"{_OP}: dropout_p must be 0, got {dropout_p}; dropout is not supported yet")
     if causal not in CAUSAL:
         raise ValueError(f"{_OP}: causal must be one of {CAUSAL}, got {causal!r}")
     left, right = (-1, -1) if window is None else window
@@ -127,9 +125,7 @@ def scaled_dot_product_attention(
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
     elif mask is not None and query.dim() == 3 and mask.dim() == 3:
         mask = mask.unsqueeze(0)
-    out = attention(
-        q, k, v, causal="top_left" if is_causal else None, mask=mask, scale=scale, dropout_p=dropout_p
-    )
+    out = attention(q, k, v, causal="top_left" if is_causal else None, mask=mask, scale=scale, dropout_p=dropout_p)
     if query.dim() == 4:
         return out
     if query.dim() == 2:
@@ -209,9 +205,7 @@ def _probabilities(s, sinks):
 
 def _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right):
     wide = [t.double() for t in (q, k, v)]
-    _, s, allowed = _scores(
-        *wide, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right
-    )
+    _, s, allowed = _scores(*wide, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
     p, lse = _probabilities(s, sinks)
     values = wide[2]
     if values.shape[1] != q.shape[1]:
@@ -264,9 +258,7 @@ def _attention_cpu(
 ):
     if q.dtype == torch.float64 or k.dtype == torch.float64:
         _C.record(_OP, "reference")
-        wide, lse = _reference(
-            q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right
-        )
+        wide, lse = _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
         wide = wide.to(q.dtype)
         return (wide if out is None else out.copy_(wide)), lse.float()
     q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
@@ -298,9 +290,7 @@ def _attention_cpu(
     return result, lse
 
 
-def _attention_fake(
-    q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse
-):
+def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse):
     shape = (*q.shape[:3], v.shape[3])
     return q.new_empty(shape), q.new_empty(shape[:3] if lse else (0,), dtype=torch.float32)
 

@@ -121,9 +121,7 @@ def _backward(ctx, grad):
     return grad_x, None, grad_bias, *(None,) * 7
 
 
-def _dequantize_cpu(
-    packed: Tensor, n: int, k: int, bits: int, group_size: int, offset: int, scale_bits: int
-) -> Tensor:
+def _dequantize_cpu(packed: Tensor, n: int, k: int, bits: int, group_size: int, offset: int, scale_bits: int) -> Tensor:
     out = torch.empty(n, k)
     _C.weight_rows(torch.arange(n), packed, n, k, bits, group_size, offset, scale_bits, out)
     return out

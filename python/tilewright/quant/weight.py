@@ -89,7 +89,12 @@ class QuantizedWeight:
 
 
 def empty_packed(
-    shape: tuple[int, int], bits: int, group_size: int, offset: str, scale_bits: int, device: str | torch.device
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    offset: str,
+    scale_bits: int,
+    device: str | torch.device,
 ) -> Tensor:
     """Uninitialised storage for a weight of this description."""
     row_bytes = _C.packed_block_bytes(shape[1], bits, group_size, OFFSETS.index(offset), scale_bits)
@@ -125,9 +130,7 @@ def pack(
     return weight
 
 
-def quantize_weight(
-    w: Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True
-) -> QuantizedWeight:
+def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True) -> QuantizedWeight:
     """Quantise ``w`` (N, K) by rounding to nearest.
 
     Each group of ``group_size`` (32, 64, 128, or -1 = a whole row) consecutive columns has one scale; the last
