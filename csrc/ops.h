@@ -38,4 +38,8 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
                const TensorView& k_start, const TensorView& k_end, const AttentionOptions& options,
                const TensorView& out, const TensorView& lse);
 
+// What the machine can do at most with num_threads(), a second: bytes read from `data` (kind "read"; uint8, a
+// multiple of 1024), or operations ("fp32", "bf16", "int8"; data absent). See cpu/kernels/ceilings.cpp.
+double ceiling(const std::string& kind, const TensorView& data, int64_t iterations);
+
 }  // namespace tilewright

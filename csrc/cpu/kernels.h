@@ -151,6 +151,10 @@ inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d)
 
 using AttentionKernel = void (*)(const AttentionArgs&, int64_t task, void* scratch);
 
+// Probes of the machine's limits, for the benches.
+using PeakKernel = void (*)(int64_t iterations, double& operations);
+using ReadKernel = void (*)(const uint8_t* data, int64_t bytes, int64_t passes);
+
 #define TW_DECLARE(op, ...)      \
   void op##_scalar __VA_ARGS__;  \
   void op##_avx2 __VA_ARGS__;    \
@@ -169,5 +173,9 @@ TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
+TW_DECLARE(ceiling_fp32, (int64_t, double&))
+TW_DECLARE(ceiling_bf16, (int64_t, double&))
+TW_DECLARE(ceiling_int8, (int64_t, double&))
+TW_DECLARE(ceiling_read, (const uint8_t*, int64_t, int64_t))
 
 }  // namespace tilewright

@@ -39,6 +39,17 @@ Table make() {
   TW_ATTENTION(attention_decode)
   TW_ATTENTION(attention_merge)
 #undef TW_ATTENTION
+#define TW_CEILING(op, Kernel)                       \
+  t.op = pick<Kernel>({{op##_scalar, Isa::scalar},   \
+                       {op##_avx2, Isa::avx2},       \
+                       {op##_avxvnni, Isa::avxvnni}, \
+                       {op##_avx512, Isa::avx512},   \
+                       {op##_avx512bf16, Isa::avx512bf16}});
+  TW_CEILING(ceiling_fp32, PeakKernel)
+  TW_CEILING(ceiling_bf16, PeakKernel)
+  TW_CEILING(ceiling_int8, PeakKernel)
+  TW_CEILING(ceiling_read, ReadKernel)
+#undef TW_CEILING
   return t;
 }
 

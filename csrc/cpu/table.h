@@ -20,6 +20,8 @@ struct Table {
   Entry<LinearKernel> linear_int8, linear_f32;
   Entry<PrepareKernel> prepare_f32;
   Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
+  Entry<PeakKernel> ceiling_fp32, ceiling_bf16, ceiling_int8;
+  Entry<ReadKernel> ceiling_read;
 };
 
 const Table& table();
