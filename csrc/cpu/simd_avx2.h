@@ -104,6 +104,17 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   const __m256i off = _mm256_cmpeq_epi32(f, _mm256_setzero_si256());
   return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(off));
 }
+TW_INLINE F select_negative(F x, F a, F b) { return _mm256_blendv_ps(b, a, x); }
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+  even = _mm256_shuffle_ps(low, high, 0x88);
+  odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+}
 TW_INLINE F lane_index() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 
 // In-register 8 x 8 transpose of fp32.

@@ -85,6 +85,20 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {  // flags[i]
   const __m128i f = _mm_maskz_loadu_epi8(tail_mask(n), flags);
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(f, f), b, a);
 }
+TW_INLINE F select_negative(F x, F a, F b) {  // x < 0 ? a : b; lanes where x is -0 or NaN: either
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+}
+// a = x0 y0 x1 y1 ..., b = the W values after it <-> even = x0 x1 ..., odd = y0 y1 ...
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, e, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(e, _mm512_set1_epi32(1)), b);
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, i, odd);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(i, _mm512_set1_epi32(8)), odd);
+}
 TW_INLINE F lane_index() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // In-register 16 x 16 transpose of fp32.

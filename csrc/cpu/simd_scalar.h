@@ -118,6 +118,22 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   for (int i = 0; i < n; ++i) b.v[i] = flags[i] ? a.v[i] : b.v[i];
   return b;
 }
+TW_INLINE F select_negative(F x, F a, F b) {
+  TW_LANES a.v[i] = x.v[i] < 0 ? a.v[i] : b.v[i];
+  return a;
+}
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  for (int i = 0; i < W / 2; ++i) {
+    even.v[i] = a.v[2 * i], odd.v[i] = a.v[2 * i + 1];
+    even.v[W / 2 + i] = b.v[2 * i], odd.v[W / 2 + i] = b.v[2 * i + 1];
+  }
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  for (int i = 0; i < W / 2; ++i) {
+    a.v[2 * i] = even.v[i], a.v[2 * i + 1] = odd.v[i];
+    b.v[2 * i] = even.v[W / 2 + i], b.v[2 * i + 1] = odd.v[W / 2 + i];
+  }
+}
 TW_INLINE F lane_index() {
   F r;
   TW_LANES r.v[i] = float(i);

@@ -16,6 +16,12 @@ struct Entry {
 
 struct Table {
   Entry<NormKernel> norm;
+  Entry<RopeKernel> rope;
+  Entry<ActMulKernel> act_mul;
+  Entry<KvAppendKernel> kv_append;
+  Entry<SampleMaxKernel> sample_max;
+  Entry<SampleGatherKernel> sample_gather;
+  Entry<SampleWeightsKernel> sample_weights;
 };
 
 const Table& table();

@@ -7,7 +7,16 @@ import importlib
 import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPack exchange table)
 
 from tilewright._version import __version__
-from tilewright.ops import layer_norm, rms_norm
+from tilewright.ops import (
+    gelu_mul,
+    kv_append,
+    layer_norm,
+    rms_norm,
+    rope,
+    rope_tables,
+    sample,
+    silu_mul,
+)
 from tilewright.runtime import get_num_threads, info, isa, last_impl, set_num_threads
 
 # Imported on first use, so that `import tilewright` costs little beside torch.
@@ -23,13 +32,19 @@ _LAZY: dict[str, str] = {
 
 __all__ = [
     "__version__",
+    "gelu_mul",
     "get_num_threads",
     "info",
     "isa",
+    "kv_append",
     "last_impl",
     "layer_norm",
     "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample",
     "set_num_threads",
+    "silu_mul",
     *_LAZY,
 ]
 

@@ -1,8 +1,19 @@
 """The kernels' public functions. One module per op: the function, its float64 reference, its registration."""
 
+from tilewright.ops.activation import gelu_mul, silu_mul
+from tilewright.ops.kv_append import kv_append
 from tilewright.ops.norm import layer_norm, rms_norm
+from tilewright.ops.rope import rope
+from tilewright.ops.rope_tables import rope_tables
+from tilewright.ops.sample import sample
 
 __all__ = [
+    "gelu_mul",
+    "kv_append",
     "layer_norm",
     "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample",
+    "silu_mul",
 ]
