@@ -28,12 +28,12 @@ void act_mul(const TensorView& gate, const TensorView& up, const TensorView& out
                  : activation == "gelu" ? Activation::gelu
                                         : Activation::gelu_tanh;
   const char* op = a.activation == Activation::silu ? "silu_mul" : "gelu_mul";
-  expect(a.activation != Activation::gelu_tanh || activation == "gelu_tanh", op,
+  TW_EXPECT(a.activation != Activation::gelu_tanh || activation == "gelu_tanh", op,
          "activation must be silu, gelu or gelu_tanh, got \"" + activation + "\"");
   expect_cpu(op, "gate", gate);
   expect_cpu(op, "up", up);
   expect_storage(op, "gate", gate);
-  expect(same_shape(gate, up) && gate.dtype == up.dtype, op,
+  TW_EXPECT(same_shape(gate, up) && gate.dtype == up.dtype, op,
          "gate and up must have one shape and dtype, got " + shape_of(gate) + " " + name_of(gate.dtype) +
              " and " + shape_of(up) + " " + name_of(up.dtype));
   for (const auto* t : {&gate, &up, &out})

@@ -185,12 +185,12 @@ void sample(const TensorView& logits, const TensorView& uniform, const TensorVie
             int64_t top_k, double top_p, double min_p) {
   expect_cpu(kOp, "logits", logits);
   expect_storage(kOp, "logits", logits);
-  expect(logits.ndim == 2 && logits.dim(1) > 0 && logits.dim(1) <= INT32_MAX, kOp,
+  TW_EXPECT(logits.ndim == 2 && logits.dim(1) > 0 && logits.dim(1) <= INT32_MAX, kOp,
          "logits must be (batch, vocab) with at least one token, got " + shape_of(logits));
   expect_unit_stride(kOp, "logits", logits);
   const int64_t batch = logits.dim(0), n = logits.dim(1);
   const bool greedy = temperature == 0;
-  expect(greedy || (uniform.ndim == 1 && uniform.dim(0) == batch && uniform.dtype == DType::f64), kOp,
+  TW_EXPECT(greedy || (uniform.ndim == 1 && uniform.dim(0) == batch && uniform.dtype == DType::f64), kOp,
          "uniform must be float64 of shape (" + std::to_string(batch) + ",)");
   record(kOp, table().sample_max.isa);
   if (batch == 0) return;
@@ -220,9 +220,9 @@ void sample(const TensorView& logits, const TensorView& uniform, const TensorVie
       if (!(maxima[b] <= maxima[at])) at = b;  // the first maximum, or NaN
     const float m = maxima[at];
     const auto here = [&] { return "row " + std::to_string(row) + " of logits "; };
-    if (m != m) expect(false, kOp, here() + "holds NaN");
-    if (m == -INFINITY) expect(false, kOp, here() + "is -inf throughout: no token may be chosen");
-    if (m == INFINITY && !greedy) expect(false, kOp, here() + "holds +inf, which has no probability");
+    if (m != m) fail(kOp, here() + "holds NaN");
+    if (m == -INFINITY) fail(kOp, here() + "is -inf throughout: no token may be chosen");
+    if (m == INFINITY && !greedy) fail(kOp, here() + "holds +inf, which has no probability");
     row_max[row] = m;
     if (!greedy) continue;
     float values[kSampleBlock];
