@@ -51,8 +51,8 @@ long number(PyObject* callable) {
 }
 
 // direct(*tensors_or_None) -> bool: whether these may be handed to a kernel without torch's dispatcher.
-// They may not if any is a subclass, not strided on CPU, lazily negated, or needs a gradient, or while a
-// dispatch mode, function mode or functorch level is active.
+// They may not if any is a subclass, not on a CPU, lazily negated, or needs a gradient, or while a dispatch
+// mode, function mode or functorch level is active. (Layouts other than strided fail in the DLPack export.)
 PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const auto& torch = torch_handles();
   try {
@@ -62,7 +62,6 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Py_DECREF(level);
     if (level != Py_None) Py_RETURN_FALSE;
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-    static PyObject* const layout = PyUnicode_InternFromString("layout");
     static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
     const bool grad = truthy(PyObject_CallNoArgs(torch.is_grad_enabled));
     for (Py_ssize_t i = 0; i < n; ++i) {
@@ -71,10 +70,6 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
       if (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter) Py_RETURN_FALSE;
       if (grad && truthy(PyObject_GetAttr(t, requires_grad))) Py_RETURN_FALSE;
       if (!truthy(PyObject_GetAttr(t, is_cpu))) Py_RETURN_FALSE;
-      PyObject* found = PyObject_GetAttr(t, layout);
-      if (!found) throw py::error_already_set();
-      Py_DECREF(found);
-      if (found != torch.layout_strided) Py_RETURN_FALSE;
       if (truthy(PyObject_Vectorcall(torch.is_neg, &t, 1, nullptr))) Py_RETURN_FALSE;
     }
     Py_RETURN_TRUE;
@@ -97,7 +92,6 @@ void fill_handles(bool use_dlpack) {
   h.get_num_threads = own(c.attr("get_num_threads"));
   h.is_grad_enabled = own(torch.attr("is_grad_enabled"));
   h.is_neg = own(torch.attr("Tensor").attr("is_neg"));
-  h.layout_strided = own(torch.attr("strided"));
   h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
   h.function_depth = own(c.attr("_len_torch_function_stack"));
   h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));
@@ -162,6 +156,35 @@ PYBIND11_MODULE(_C, m) {
         [](const std::string& op, const TensorView& x, const TensorView& residual, const TensorView& weight,
            const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred) {
           launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
+        });
+
+  m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits,
+                     int64_t group_size, int offset, int scale_bits, const TensorView& bias,
+                     const std::string& activation, const TensorView& out) {
+    launch([&] { linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out); });
+  });
+  m.def("packed_block_bytes", &packed_block_bytes);
+  m.def("pack_codes", [](const TensorView& codes, const TensorView& scales, const TensorView& offsets,
+                         const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size,
+                         int offset, int scale_bits) {
+    launch([&] { pack_codes(codes, scales, offsets, out, n, k, bits, group_size, offset, scale_bits); });
+  });
+  m.def("pack_gguf", [](const TensorView& raw, const std::string& type, const TensorView& out, int64_t n,
+                        int64_t k) { launch([&] { pack_gguf(raw, type, out, n, k); }); });
+  m.def("weight_rows", [](const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
+                          int64_t group_size, int offset, int scale_bits, const TensorView& out) {
+    launch([&] { weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out); });
+  });
+
+  m.def("attention",
+        [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+           const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+           const TensorView& k_start, const TensorView& k_end, float scale, float softcap, int causal,
+           int64_t window_left, int64_t window_right, const TensorView& out, const TensorView& lse) {
+          launch([&] {
+            attention(q, k, v, mask, bias, alibi, sinks, k_start, k_end,
+                      {scale, softcap, causal, window_left, window_right}, out, lse);
+          });
         });
   m.def("rope", [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
                    const TensorView& positions, const TensorView& out_q, const TensorView& out_k,

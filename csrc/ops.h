@@ -13,6 +13,31 @@ namespace tilewright {
 void norm(const char* op, const TensorView& x, const TensorView& residual, const TensorView& weight,
           const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred);
 
+// out = x @ w.T + bias with a packed weight (cpu/kernels.h: PackedWeight). bias is float32.
+void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits, int64_t group_size,
+            int offset, int scale_bits, const TensorView& bias, const std::string& activation,
+            const TensorView& out);
+
+// Packing. offset: 0 none, 1 zero points, 2 minima; scale_bits: 16 or 32; group_size -1: one group a row.
+int64_t packed_block_bytes(int64_t k, int bits, int64_t group_size, int offset, int scale_bits);
+void pack_codes(const TensorView& codes, const TensorView& scales, const TensorView& offsets,
+                const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size, int offset,
+                int scale_bits);
+void pack_gguf(const TensorView& raw, const std::string& type, const TensorView& out, int64_t n, int64_t k);
+// Dequantised rows: out[i] = w[index[i]], float32.
+void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
+                 int64_t group_size, int offset, int scale_bits, const TensorView& out);
+
+// Attention forward; see cpu/kernels/attention.cpp. Absent tensors are default TensorViews.
+struct AttentionOptions {
+  float scale = 1, softcap = 0;
+  int causal = 0;  // 0 none, 1 top-left, 2 bottom-right
+  int64_t window_left = -1, window_right = -1;
+};
+void attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+               const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+               const TensorView& k_start, const TensorView& k_end, const AttentionOptions& options,
+               const TensorView& out, const TensorView& lse);
 // rotary_dim absent: twice the last dimension of cos. In place where the outputs are q and k.
 void rope(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
           const TensorView& positions, const TensorView& out_q, const TensorView& out_k, bool interleaved,

@@ -67,9 +67,16 @@ inline std::string shape_of(const TensorView& t) {
   return s + (t.ndim == 1 ? ",)" : ")");
 }
 
-// The one way a validation fails: "op: expected ..., got ...".
-inline void expect(bool ok, const char* op, const std::string& message) {
-  if (!ok) throw std::invalid_argument(std::string(op) + ": " + message);
+[[noreturn]] inline void fail(const char* op, const std::string& message) {
+  throw std::invalid_argument(std::string(op) + ": " + message);
 }
 
 }  // namespace tilewright
+
+// The one way a validation fails: "op: expected ..., got ...". A macro, so that the message is built only
+// then.
+#define TW_EXPECT(ok, op, ...)             \
+  do {                                     \
+    if (!(ok)) [[unlikely]]                \
+      ::tilewright::fail(op, __VA_ARGS__); \
+  } while (0)

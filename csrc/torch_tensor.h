@@ -52,7 +52,6 @@ struct TorchHandles {
   PyObject* get_num_threads = nullptr;
   PyObject* is_grad_enabled = nullptr;
   PyObject* is_neg = nullptr;
-  PyObject* layout_strided = nullptr;
   PyObject* dispatch_depth = nullptr;
   PyObject* function_depth = nullptr;
   PyObject* peek_functorch = nullptr;

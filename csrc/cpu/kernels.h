@@ -32,6 +32,124 @@ struct NormArgs {
 };
 using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end);
 
+// A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
+//   codes    k_blocks() x 32 k x 32 rows; 32 k are 8 steps of 4: 8 bits: [32 rows][4 k] bytes a step;
+//            4 bits: [16][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
+//   scales   [groups()][32 rows], fp16 or fp32
+//   offsets  [groups()][32 rows]: nothing, zero points (uint8), or minima (as the scales)
+//   padding to 64 bytes
+// and w = scale * (code - 2^(bits-1)), scale * (code - zero), or scale * code + min.
+enum class Offset : uint8_t { none, zero, min };
+struct PackedWeight {
+  const uint8_t* data = nullptr;
+  int64_t n = 0, k = 0;
+  int64_t group = 0;  // columns that share a scale: a multiple of 32, or k for one group a row
+  int bits = 0;
+  Offset offset = Offset::none;
+  bool half_scales = true;
+
+  int64_t n_blocks() const { return (n + 31) / 32; }
+  int64_t k_blocks() const { return (k + 31) / 32; }
+  int64_t blocks_per_group() const { return (group + 31) / 32; }
+  int64_t groups() const { return (k_blocks() + blocks_per_group() - 1) / blocks_per_group(); }
+  int64_t scale_bytes() const { return half_scales ? 2 : 4; }
+  int64_t offset_bytes() const {
+    return offset == Offset::none ? 0 : offset == Offset::zero ? 1 : scale_bytes();
+  }
+  int64_t code_bytes() const { return k_blocks() * 128 * bits; }
+  int64_t block_bytes() const {
+    return (code_bytes() + groups() * 32 * (scale_bytes() + offset_bytes()) + 63) / 64 * 64;
+  }
+};
+
+// Activations for the integer kernels: per row and 32 k, codes = round_half_even(x / scale), scale =
+// max|x| / 127 (one scale a row with per_token). A block with a NaN or inf gets codes 0 and scale NaN.
+struct QuantiseArgs {
+  Rows x;
+  Storage dtype = Storage::f32;
+  int64_t k = 0, k_blocks = 0;
+  bool per_token = false;
+  Offset offset = Offset::none;
+  int zero = 0;                    // implicit zero point of the weight, for Offset::none
+  int8_t* codes = nullptr;         // [m][k_blocks * 32]
+  float* scales = nullptr;         // [m][k_blocks]
+  int32_t* corrections = nullptr;  // [m][k_blocks]: -zero * sum, -sum, or the bits of float(sum) * scale
+};
+using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t row_end);
+
+// out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
+struct LinearArgs {
+  PackedWeight w;
+  // Integer kernels: what QuantiseArgs made. Float kernels: x as float or bf16 [m][k_blocks * 32], zero
+  // beyond k, and for bf16 the sums of each 32 k.
+  const int8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const int32_t* corrections = nullptr;
+  const void* x = nullptr;
+  const float* sums = nullptr;
+  const float* bias = nullptr;
+  Rows out;
+  Storage out_dtype = Storage::f32;
+};
+// One block of 32 outputs for rows [m_begin, m_end). panel: linear_panel_bytes() of memory of this thread.
+using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
+
+struct PrepareArgs {  // x to what the float kernels read
+  Rows x;
+  Storage dtype = Storage::f32;
+  int64_t k = 0, k_blocks = 0;
+  bool round_bf16 = false;
+  void* out = nullptr;    // float or, where pairs, bf16
+  float* sums = nullptr;  // with pairs
+};
+using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
+
+// out = softmax(scale * q k^T + ...) v for tensors (batch, heads, seq, head_dim). Strides count elements; the
+// last dimension of q, k, v and out is contiguous.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;  // strides
+  Storage dtype = Storage::f32;
+};
+enum class MaskKind : uint8_t { none, boolean, f32, bf16, f16 };
+struct ScoreTensor {  // broadcast to (batch, heads, seq_q, seq_k) by zero strides
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, key = 0;
+  MaskKind kind = MaskKind::none;
+};
+enum class Causal : uint8_t { none, top_left, bottom_right };
+
+struct AttentionArgs {
+  AttentionTensor q, k, v, out;
+  int64_t batch = 0, heads = 0, kv_heads = 0, seq_q = 0, seq_k = 0, head_dim = 0, v_dim = 0;
+  float* lse = nullptr;          // (batch, heads, seq_q), contiguous
+  ScoreTensor mask, bias;        // mask: boolean, true = attend; bias: added after softcap
+  const float* alibi = nullptr;  // slopes (batch, heads) or (heads): alibi_batch is 0 then
+  int64_t alibi_batch = 0;
+  const float* sinks = nullptr;      // (heads): one more logit in the denominator
+  const int64_t* k_start = nullptr;  // (batch): valid keys are [k_start, k_end); null: [0, seq_k)
+  const int64_t* k_end = nullptr;
+  float scale = 1, softcap = 0;  // softcap 0: none
+  Causal causal = Causal::none;
+  int64_t window_left = -1, window_right = -1;
+  // Set by the caller from the shapes:
+  void* packed_k = nullptr;  // prefill: per (batch, kv head, key block); see attention.cpp
+  void* packed_v = nullptr;
+  uint8_t* v_not_finite = nullptr;  // per (batch, kv head, key block)
+  int64_t key_blocks = 0;           // of kKeyBlock keys from k_start
+  float* partials = nullptr;        // decode: [batch * kv_heads][chunks][rows][v_pad + 2]
+  int64_t chunks = 0;
+};
+constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
+constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
+constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
+constexpr int64_t kDecodeChunk = 256;  // keys per decode task
+constexpr int64_t kDecodeBlock = 64;   // keys per softmax step: their K and V rows are in L1 when used
+// Bytes a packed K or V block needs, and the scratch of one task, at any level.
+inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
+
+using AttentionKernel = void (*)(const AttentionArgs&, int64_t task, void* scratch);
 // Rows of a (batch, heads, seq, head_dim) tensor whose last dimension is contiguous; strides count elements.
 struct HeadRows {
   void* base = nullptr;
@@ -100,6 +218,16 @@ using SampleWeightsKernel = void (*)(const SampleArgs&, int64_t row, int64_t beg
   void op##_avx512 __VA_ARGS__;  \
   void op##_avx512bf16 __VA_ARGS__;
 
+TW_DECLARE(quantise_rows, (const QuantiseArgs&, int64_t, int64_t))
+TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(prepare_f32, (const PrepareArgs&, int64_t, int64_t))
+TW_DECLARE(linear_f32, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(prepare_bf16, (const PrepareArgs&, int64_t, int64_t))
+TW_DECLARE(linear_bf16, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(attention_pack, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
 TW_DECLARE(rope, (const RopeArgs&, int64_t, int64_t))
 TW_DECLARE(act_mul, (const ActMulArgs&, int64_t, int64_t))

@@ -104,7 +104,12 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   const __m256i off = _mm256_cmpeq_epi32(f, _mm256_setzero_si256());
   return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(off));
 }
-TW_INLINE F select_negative(F x, F a, F b) { return _mm256_blendv_ps(b, a, x); }
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+TW_INLINE bool any_not_finite(F a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(abs(a), _mm256_set1_ps(__builtin_inff()), _CMP_NLT_UQ)) != 0;
+}
 TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
   const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
   even = _mm256_shuffle_ps(low, high, 0x88);
@@ -169,11 +174,11 @@ TW_INLINE I broadcast4(const int8_t* x) {
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     return _mm256_dpbusd_avx_epi32(acc, w, broadcast4(x));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 #else
 template <int bits>
@@ -184,7 +189,7 @@ struct Dot;
 template <>
 struct Dot<8> {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     const I v = broadcast4(x);
     const I x_even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), x_odd = _mm256_srai_epi16(v, 8);
@@ -192,18 +197,20 @@ struct Dot<8> {
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, x_even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, x_odd));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 // u4 x s8: a step adds at most 2 * 15 * 127 = 3810 to a 16-bit lane, and a block of 32 k has 8 steps: 30480.
 template <>
 struct Dot<4> {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm256_setzero_si256(); }
+  static TW_INLINE Acc start(I) { return _mm256_setzero_si256(); }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, broadcast4(x)));
   }
-  static TW_INLINE I finish(Acc acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  static TW_INLINE I finish(Acc acc, I init) {
+    return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)), init);
+  }
 };
 #endif
 

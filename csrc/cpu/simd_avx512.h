@@ -85,8 +85,11 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {  // flags[i]
   const __m128i f = _mm_maskz_loadu_epi8(tail_mask(n), flags);
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(f, f), b, a);
 }
-TW_INLINE F select_negative(F x, F a, F b) {  // x < 0 ? a : b; lanes where x is -0 or NaN: either
-  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+TW_INLINE bool any_not_finite(F a) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ) != 0;
 }
 // a = x0 y0 x1 y1 ..., b = the W values after it <-> even = x0 x1 ..., odd = y0 y1 ...
 TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
@@ -148,17 +151,18 @@ TW_INLINE void store_s8(int8_t* p, F x) {  // round half to even; |x| <= 127
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// acc += dot(u8 w, s8 x) over the 4 bytes of each lane; x is the same for all lanes.
+// init + dot(u8 w, s8 x), exact, over the 4 bytes of each lane and up to 8 steps; x is the same for all
+// lanes. `init` is given to both start and finish: an accumulator that is not 32 bits wide adds it last.
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return _mm512_setzero_si512(); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
     return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 }  // namespace

@@ -118,9 +118,14 @@ TW_INLINE F select_nonzero(const uint8_t* flags, int n, F a, F b) {
   for (int i = 0; i < n; ++i) b.v[i] = flags[i] ? a.v[i] : b.v[i];
   return b;
 }
-TW_INLINE F select_negative(F x, F a, F b) {
-  TW_LANES a.v[i] = x.v[i] < 0 ? a.v[i] : b.v[i];
-  return a;
+TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
+  TW_LANES no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
+  return no;
+}
+TW_INLINE bool any_not_finite(F a) {
+  bool r = false;
+  TW_LANES r |= !(__builtin_fabsf(a.v[i]) < __builtin_inff());
+  return r;
 }
 TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
   for (int i = 0; i < W / 2; ++i) {
@@ -199,7 +204,7 @@ TW_INLINE void store_s8(int8_t* p, F x) {
 template <int bits>
 struct Dot {
   using Acc = I;
-  static TW_INLINE Acc start() { return iset1(0); }
+  static TW_INLINE Acc start(I init) { return init; }
   static TW_INLINE Acc step(Acc acc, I w, const int8_t* x) {
     TW_LANES {
       const uint32_t u = uint32_t(w.v[i]);
@@ -208,7 +213,7 @@ struct Dot {
     }
     return acc;
   }
-  static TW_INLINE I finish(Acc acc) { return acc; }
+  static TW_INLINE I finish(Acc acc, I) { return acc; }
 };
 
 #undef TW_LANES

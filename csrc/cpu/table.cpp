@@ -18,6 +18,27 @@ Entry<Fn> pick(std::initializer_list<Entry<Fn>> weakest_first) {
 Table make() {
   Table t;
   t.norm = pick<NormKernel>({{norm_scalar, Isa::scalar}, {norm_avx2, Isa::avx2}, {norm_avx512, Isa::avx512}});
+  t.quantise_rows = pick<QuantiseKernel>({{quantise_rows_scalar, Isa::scalar},
+                                          {quantise_rows_avx2, Isa::avx2},
+                                          {quantise_rows_avx512, Isa::avx512}});
+  t.linear_int8 = pick<LinearKernel>({{linear_int8_scalar, Isa::scalar},
+                                      {linear_int8_avx2, Isa::avx2},
+                                      {linear_int8_avxvnni, Isa::avxvnni},
+                                      {linear_int8_avx512, Isa::avx512}});
+  t.prepare_f32 = pick<PrepareKernel>(
+      {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
+  t.linear_f32 = pick<LinearKernel>(
+      {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
+#define TW_ATTENTION(op)                                    \
+  t.op = pick<AttentionKernel>({{op##_scalar, Isa::scalar}, \
+                                {op##_avx2, Isa::avx2},     \
+                                {op##_avx512, Isa::avx512}, \
+                                {op##_avx512bf16, Isa::avx512bf16}});
+  TW_ATTENTION(attention_pack)
+  TW_ATTENTION(attention_prefill)
+  TW_ATTENTION(attention_decode)
+  TW_ATTENTION(attention_merge)
+#undef TW_ATTENTION
   t.rope = pick<RopeKernel>({{rope_scalar, Isa::scalar}, {rope_avx2, Isa::avx2}, {rope_avx512, Isa::avx512}});
   t.act_mul = pick<ActMulKernel>(
       {{act_mul_scalar, Isa::scalar}, {act_mul_avx2, Isa::avx2}, {act_mul_avx512, Isa::avx512}});

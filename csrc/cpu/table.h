@@ -16,6 +16,10 @@ struct Entry {
 
 struct Table {
   Entry<NormKernel> norm;
+  Entry<QuantiseKernel> quantise_rows;
+  Entry<LinearKernel> linear_int8, linear_f32;
+  Entry<PrepareKernel> prepare_f32;
+  Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
   Entry<RopeKernel> rope;
   Entry<ActMulKernel> act_mul;
   Entry<KvAppendKernel> kv_append;

@@ -42,7 +42,7 @@ void parallel_tasks(int64_t n, F&& f) {
       [](void* c, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) (*static_cast<Fn*>(c))(i);
       },
-      &f);
+      const_cast<std::remove_const_t<Fn>*>(&f));
 }
 
 // 64-byte aligned memory of this thread, kept for the next call with the same slot; contents undefined.

@@ -29,13 +29,13 @@ void act_mul(const TensorView& gate, const TensorView& up, const TensorView& out
                                         : Activation::gelu_tanh;
   const char* op = a.activation == Activation::silu ? "silu_mul" : "gelu_mul";
   TW_EXPECT(a.activation != Activation::gelu_tanh || activation == "gelu_tanh", op,
-         "activation must be silu, gelu or gelu_tanh, got \"" + activation + "\"");
+            "activation must be silu, gelu or gelu_tanh, got \"" + activation + "\"");
   expect_cpu(op, "gate", gate);
   expect_cpu(op, "up", up);
   expect_storage(op, "gate", gate);
   TW_EXPECT(same_shape(gate, up) && gate.dtype == up.dtype, op,
-         "gate and up must have one shape and dtype, got " + shape_of(gate) + " " + name_of(gate.dtype) +
-             " and " + shape_of(up) + " " + name_of(up.dtype));
+            "gate and up must have one shape and dtype, got " + shape_of(gate) + " " + name_of(gate.dtype) +
+                " and " + shape_of(up) + " " + name_of(up.dtype));
   for (const auto* t : {&gate, &up, &out})
     if (t->ndim > 0) expect_unit_stride(op, "every tensor", *t);
   const auto& kernel = table().act_mul;

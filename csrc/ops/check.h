@@ -20,18 +20,18 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
 }
 
 inline void expect_cpu(const char* op, const char* name, const TensorView& t) {
-  expect(t.device_type == 1, op, std::string(name) + " must be a CPU tensor");
+  TW_EXPECT(t.device_type == 1, op, std::string(name) + " must be a CPU tensor");
 }
 
 inline void expect_storage(const char* op, const char* name, const TensorView& t) {
-  expect(is_float_storage(t.dtype), op,
-         std::string(name) + " must be float32, bfloat16 or float16, got " + name_of(t.dtype));
+  TW_EXPECT(is_float_storage(t.dtype), op,
+            std::string(name) + " must be float32, bfloat16 or float16, got " + name_of(t.dtype));
 }
 
 inline void expect_unit_stride(const char* op, const char* name, const TensorView& t) {
-  expect(t.ndim >= 1 && (t.stride(-1) == 1 || t.dim(-1) <= 1), op,
-         std::string(name) + " must be contiguous in its last dimension, got stride " +
-             std::to_string(t.ndim ? t.stride(-1) : 0));
+  TW_EXPECT(t.ndim >= 1 && (t.stride(-1) == 1 || t.dim(-1) <= 1), op,
+            std::string(name) + " must be contiguous in its last dimension, got stride " +
+                std::to_string(t.ndim ? t.stride(-1) : 0));
 }
 
 inline Rows rows_of(const TensorView& t) {

@@ -40,17 +40,15 @@ Slots find_slots(const TensorView& cache, int64_t batch, int64_t seq, const Tens
         p = positions.as<const int64_t>()[row + t * positions.stride(-1)];
       }
       if (p < 0 || p >= limit)
-        fail(kOp,
-               "token " + std::to_string(t) + " of batch element " + std::to_string(b) +
-                   " must go to a slot in [0, " + std::to_string(limit) + room + std::to_string(p));
+        fail(kOp, "token " + std::to_string(t) + " of batch element " + std::to_string(b) +
+                      " must go to a slot in [0, " + std::to_string(limit) + room + std::to_string(p));
       if (block_table) {
         outer = block_table
                     .as<const int32_t>()[b * block_table.stride(0) + p / page_size * block_table.stride(1)];
         if (outer < 0 || outer >= cache.dim(0))
-          fail(kOp,
-                 "block_table[" + std::to_string(b) + ", " + std::to_string(p / page_size) +
-                     "] must be in [0, " + std::to_string(cache.dim(0)) + "), the cache's num_blocks, got " +
-                     std::to_string(outer));
+          fail(kOp, "block_table[" + std::to_string(b) + ", " + std::to_string(p / page_size) +
+                        "] must be in [0, " + std::to_string(cache.dim(0)) +
+                        "), the cache's num_blocks, got " + std::to_string(outer));
         p %= page_size;
       }
       s.outer.push_back(outer);
@@ -111,30 +109,31 @@ void kv_append(const TensorView& cache_k, const TensorView& cache_v, const Tenso
   const int64_t batch = k.dim(0), seq = k.dim(2);
   for (int i = 0; i < 3; ++i)
     TW_EXPECT(k.dim(i) == v.dim(i) && cache_k.dim(i) == cache_v.dim(i), kOp,
-           "k and v, and their caches, may differ in head_dim only, got " + shape_of(k) + ", " + shape_of(v) +
-               " and " + shape_of(cache_k) + ", " + shape_of(cache_v));
+              "k and v, and their caches, may differ in head_dim only, got " + shape_of(k) + ", " +
+                  shape_of(v) + " and " + shape_of(cache_k) + ", " + shape_of(cache_v));
   TW_EXPECT(!positions || !cache_seqlens, kOp, "positions and cache_seqlens exclude each other, got both");
   if (positions) {
     const bool fits = positions.ndim == 1 ? positions.dim(0) == seq
                                           : positions.ndim == 2 && positions.dim(1) == seq &&
                                                 (positions.dim(0) == batch || positions.dim(0) == 1);
     TW_EXPECT(fits && positions.dtype == DType::i64, kOp,
-           "positions must be int64 of shape (" + std::to_string(seq) + ",) or (" + std::to_string(batch) +
-               ", " + std::to_string(seq) + "), got " + shape_of(positions) + " " + name_of(positions.dtype));
+              "positions must be int64 of shape (" + std::to_string(seq) + ",) or (" + std::to_string(batch) +
+                  ", " + std::to_string(seq) + "), got " + shape_of(positions) + " " +
+                  name_of(positions.dtype));
   }
   if (cache_seqlens)
     TW_EXPECT(cache_seqlens.ndim == 1 && cache_seqlens.dim(0) == batch &&
-               (cache_seqlens.dtype == DType::i32 || cache_seqlens.dtype == DType::i64),
-           kOp,
-           "cache_seqlens must be int32 or int64 of shape (" + std::to_string(batch) + ",), got " +
-               shape_of(cache_seqlens) + " " + name_of(cache_seqlens.dtype));
+                  (cache_seqlens.dtype == DType::i32 || cache_seqlens.dtype == DType::i64),
+              kOp,
+              "cache_seqlens must be int32 or int64 of shape (" + std::to_string(batch) + ",), got " +
+                  shape_of(cache_seqlens) + " " + name_of(cache_seqlens.dtype));
   if (block_table)
     TW_EXPECT(block_table.ndim == 2 && block_table.dim(0) == batch && block_table.dtype == DType::i32, kOp,
-           "block_table must be int32 of shape (" + std::to_string(batch) + ", max_blocks), got " +
-               shape_of(block_table) + " " + name_of(block_table.dtype));
+              "block_table must be int32 of shape (" + std::to_string(batch) + ", max_blocks), got " +
+                  shape_of(block_table) + " " + name_of(block_table.dtype));
   const Slots slots = find_slots(cache_k, batch, seq, positions, block_table, cache_seqlens);
   TW_EXPECT(!overlaps_itself(cache_k) && !overlaps_itself(cache_v) && !overlaps(cache_k, cache_v), kOp,
-         "the caches must not share memory, with each other or within themselves (expanded)");
+            "the caches must not share memory, with each other or within themselves (expanded)");
   for (const auto* cache : {&cache_k, &cache_v})
     for (const auto* x : {&k, &v})
       TW_EXPECT(!overlaps(*cache, *x), kOp, "k and v must not share memory with the caches");

@@ -21,21 +21,22 @@ void norm(const char* op, const TensorView& x, const TensorView& residual, const
   for (const auto* t : {&x, &out, &residual, &sum}) {
     if (!*t) continue;
     expect_cpu(op, "every tensor", *t);
-    expect(same_shape(*t, x) && t->dtype == x.dtype, op,
-           "residual and outputs must have x's shape and dtype " + shape_of(x) + " " + name_of(x.dtype) +
-               ", got " + shape_of(*t) + " " + name_of(t->dtype));
+    TW_EXPECT(same_shape(*t, x) && t->dtype == x.dtype, op,
+              "residual and outputs must have x's shape and dtype " + shape_of(x) + " " + name_of(x.dtype) +
+                  ", got " + shape_of(*t) + " " + name_of(t->dtype));
     expect_unit_stride(op, "residual and outputs", *t);
   }
   for (const auto* t : {&weight, &bias}) {
     if (!*t) continue;
     expect_cpu(op, "every tensor", *t);
-    expect(t->ndim == 1 && t->dim(0) == n && (t->strides[0] == 1 || n <= 1), op,
-           "weight and bias must be contiguous with shape (" + std::to_string(n) + ",), got " + shape_of(*t));
-    expect(t->dtype == x.dtype || t->dtype == DType::f32, op,
-           std::string("weight and bias must be float32 or x's dtype, got ") + name_of(t->dtype));
+    TW_EXPECT(
+        t->ndim == 1 && t->dim(0) == n && (t->strides[0] == 1 || n <= 1), op,
+        "weight and bias must be contiguous with shape (" + std::to_string(n) + ",), got " + shape_of(*t));
+    TW_EXPECT(t->dtype == x.dtype || t->dtype == DType::f32, op,
+              std::string("weight and bias must be float32 or x's dtype, got ") + name_of(t->dtype));
     a.weight_dtype = storage_of(t->dtype);
   }
-  expect(!weight || !bias || weight.dtype == bias.dtype, op, "weight and bias must have one dtype");
+  TW_EXPECT(!weight || !bias || weight.dtype == bias.dtype, op, "weight and bias must have one dtype");
   a.x = rows_of(x);
   a.out = rows_of(out);
   if (residual) a.residual = rows_of(residual), a.sum = rows_of(sum);

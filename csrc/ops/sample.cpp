@@ -186,12 +186,12 @@ void sample(const TensorView& logits, const TensorView& uniform, const TensorVie
   expect_cpu(kOp, "logits", logits);
   expect_storage(kOp, "logits", logits);
   TW_EXPECT(logits.ndim == 2 && logits.dim(1) > 0 && logits.dim(1) <= INT32_MAX, kOp,
-         "logits must be (batch, vocab) with at least one token, got " + shape_of(logits));
+            "logits must be (batch, vocab) with at least one token, got " + shape_of(logits));
   expect_unit_stride(kOp, "logits", logits);
   const int64_t batch = logits.dim(0), n = logits.dim(1);
   const bool greedy = temperature == 0;
   TW_EXPECT(greedy || (uniform.ndim == 1 && uniform.dim(0) == batch && uniform.dtype == DType::f64), kOp,
-         "uniform must be float64 of shape (" + std::to_string(batch) + ",)");
+            "uniform must be float64 of shape (" + std::to_string(batch) + ",)");
   record(kOp, table().sample_max.isa);
   if (batch == 0) return;
 

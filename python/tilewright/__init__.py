@@ -8,15 +8,19 @@ import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPac
 
 from tilewright._version import __version__
 from tilewright.ops import (
+    attention,
     gelu_mul,
     kv_append,
     layer_norm,
+    quantized_linear,
     rms_norm,
     rope,
     rope_tables,
     sample,
+    scaled_dot_product_attention,
     silu_mul,
 )
+from tilewright.quant import QuantizedLinear, QuantizedWeight, quantize_, quantize_weight
 from tilewright.runtime import get_num_threads, info, isa, last_impl, set_num_threads
 
 # Imported on first use, so that `import tilewright` costs little beside torch.
@@ -31,7 +35,10 @@ _LAZY: dict[str, str] = {
 }
 
 __all__ = [
+    "QuantizedLinear",
+    "QuantizedWeight",
     "__version__",
+    "attention",
     "gelu_mul",
     "get_num_threads",
     "info",
@@ -39,10 +46,14 @@ __all__ = [
     "kv_append",
     "last_impl",
     "layer_norm",
+    "quantize_",
+    "quantize_weight",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "rope_tables",
     "sample",
+    "scaled_dot_product_attention",
     "set_num_threads",
     "silu_mul",
     *_LAZY,

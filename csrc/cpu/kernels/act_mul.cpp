@@ -39,7 +39,7 @@ TW_INLINE F act(F x) {
     return div(x, add(one, exp(sub(zero(), x))));
   } else if constexpr (activation == Activation::gelu) {
     const F tail = normal_tail(abs(x));
-    return mul(x, select_negative(x, tail, sub(one, tail)));
+    return mul(x, select_less(x, zero(), tail, sub(one, tail)));
   } else {
     constexpr float k = 1.5957691216057308f;  // 2 sqrt(2/pi)
     const F u2 = mul(x, fma(mul(x, x), set1(k * 0.044715f), set1(k)));

@@ -79,9 +79,7 @@ def _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens
         cache_k.copy_(out_k)
         cache_v.copy_(out_v)
         return
-    _C.kv_append(
-        cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens
-    )
+    _C.kv_append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
     torch.autograd.graph.increment_version((cache_k, cache_v))  # a graph that saved them must notice
 
 

@@ -21,7 +21,7 @@ def rms_norm(
     Raises ValueError for other shapes or dtypes.
     """
     if direct(x, weight, residual):
-        out, total = _norm_cpu(x, residual, weight, None, eps, False)
+        out, total = _norm(x, residual, weight, None, eps, False)
     else:
         out, total = torch.ops.tilewright.norm(x, residual, weight, None, eps, False)
     return out if residual is None else (out, total)
@@ -32,7 +32,7 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension; arguments as `rms_norm`."""
     if direct(x, weight, bias, residual):
-        out, total = _norm_cpu(x, residual, weight, bias, eps, True)
+        out, total = _norm(x, residual, weight, bias, eps, True)
     else:
         out, total = torch.ops.tilewright.norm(x, residual, weight, bias, eps, True)
     return out if residual is None else (out, total)
@@ -70,9 +70,9 @@ def layer_norm_reference(
     return out if residual is None else (out, total)
 
 
-def _norm_cpu(
+def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     op = "layer_norm" if centred else "rms_norm"
     if x.dtype == torch.float64:
         _C.record(op, "reference")
@@ -84,8 +84,13 @@ def _norm_cpu(
         residual = contiguous_last(residual)
         total = torch.empty_like(x)
     _C.norm(op, x, residual, weight, bias, out, total, eps, centred)
-    # Without a residual the second result is not used; the dispatcher wants a tensor that aliases no input.
-    return out, x.new_empty(0) if total is None else total
+    return out, total
+
+
+def _norm_cpu(x, residual, weight, bias, eps, centred):
+    # The dispatcher wants two tensors, and neither may alias an input.
+    out, total = _norm(x, residual, weight, bias, eps, centred)
+    return out, x.new_empty(0) if residual is None else total
 
 
 def _norm_fake(x, residual, weight, bias, eps, centred):

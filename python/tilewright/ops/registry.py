@@ -35,9 +35,7 @@ def register(
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"tilewright::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"tilewright::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:

@@ -42,9 +42,7 @@ def rope(
         if cos.requires_grad or sin.requires_grad:
             raise NotImplementedError("rope: cos and sin have no gradient; detach them")
         if inplace and (q.requires_grad or k.requires_grad):
-            raise ValueError(
-                "rope: inplace=True needs tensors without gradient; use inplace=False or no_grad"
-            )
+            raise ValueError("rope: inplace=True needs tensors without gradient; use inplace=False or no_grad")
     if not inplace:
         return torch.ops.tilewright.rope(q, k, cos, sin, positions, interleaved, rotary_dim)
     torch.ops.tilewright.rope_(q, k, cos, sin, positions, interleaved, rotary_dim)
@@ -85,9 +83,7 @@ def rope_reference(
 def _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim):
     if q.dtype == torch.float64:
         _C.record("rope", "reference")
-        return rope_reference(
-            q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim
-        )
+        return rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
     q, k = contiguous_last(q), contiguous_last(k)
     out_q, out_k = torch.empty_like(q), torch.empty_like(k)
     _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)

@@ -41,8 +41,7 @@ def rope_tables(
     dim = int(head_dim * fields.number("partial_rotary_factor", 1.0))
     if dim < 2 or dim % 2 or dim > head_dim:
         raise ValueError(
-            f"rope_tables: the rotary dimension must be even, at least 2 and at most head_dim ({head_dim}), "
-            f"got {dim}"
+            f"rope_tables: the rotary dimension must be even, at least 2 and at most head_dim ({head_dim}), got {dim}"
         )
     inv_freq, attention_factor = _TYPES[fields.type](float(theta), dim, fields)
     angles = torch.arange(max_positions).float().unsqueeze(1) * inv_freq

@@ -91,9 +91,7 @@ def sample_reference(
 def _sample_cpu(logits, uniform, temperature, top_k, top_p, min_p):
     if logits.dtype == torch.float64:
         _C.record("sample", "reference")
-        return sample_reference(
-            logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
+        return sample_reference(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     _C.sample(contiguous_last(logits), uniform, out, temperature, top_k, top_p, min_p)
     return out
@@ -104,8 +102,7 @@ def _sample_fake(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 register(
-    "sample(Tensor logits, Tensor? uniform, float temperature, int top_k, float top_p, float min_p)"
-    " -> Tensor",
+    "sample(Tensor logits, Tensor? uniform, float temperature, int top_k, float top_p, float min_p) -> Tensor",
     _sample_cpu,
     _sample_fake,
 )
