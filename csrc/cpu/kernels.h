@@ -80,8 +80,7 @@ using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t 
 // out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
 struct LinearArgs {
   PackedWeight w;
-  // Integer kernels: what QuantiseArgs made. Float kernels: x as float or bf16 [m][k_blocks * 32], zero
-  // beyond k, and for bf16 the sums of each 32 k.
+  // Integer kernels: what QuantiseArgs made. Float kernels: what PrepareArgs made.
   const int8_t* codes = nullptr;
   const float* scales = nullptr;
   const int32_t* corrections = nullptr;
@@ -94,13 +93,15 @@ struct LinearArgs {
 // One block of 32 outputs for rows [m_begin, m_end). panel: linear_panel_bytes() of memory of this thread.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
-struct PrepareArgs {  // x to what the float kernels read
+// x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
+// asked), or bf16 with columns (0, 2, 1, 3) of each 4, and the sums of each 32.
+struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0;
   bool round_bf16 = false;
-  void* out = nullptr;    // float or, where pairs, bf16
-  float* sums = nullptr;  // with pairs
+  void* out = nullptr;
+  float* sums = nullptr;  // bf16 only: [m][k_blocks]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 

@@ -29,6 +29,8 @@ Table make() {
       {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
   t.linear_f32 = pick<LinearKernel>(
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
+  t.prepare_bf16 = pick<PrepareKernel>({{nullptr, Isa::scalar}, {prepare_bf16_avx512bf16, Isa::avx512bf16}});
+  t.linear_bf16 = pick<LinearKernel>({{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}});
 #define TW_ATTENTION(op)                                    \
   t.op = pick<AttentionKernel>({{op##_scalar, Isa::scalar}, \
                                 {op##_avx2, Isa::avx2},     \

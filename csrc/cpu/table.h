@@ -19,6 +19,9 @@ struct Table {
   Entry<QuantiseKernel> quantise_rows;
   Entry<LinearKernel> linear_int8, linear_f32;
   Entry<PrepareKernel> prepare_f32;
+  // Absent (fn == nullptr) below avx512bf16: x is rounded to bf16 and linear_f32 runs.
+  Entry<PrepareKernel> prepare_bf16;
+  Entry<LinearKernel> linear_bf16;
   Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
   Entry<RopeKernel> rope;
   Entry<ActMulKernel> act_mul;
