@@ -23,6 +23,12 @@ struct Table {
   Entry<PrepareKernel> prepare_bf16;
   Entry<LinearKernel> linear_bf16;
   Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
+  Entry<RopeKernel> rope;
+  Entry<ActMulKernel> act_mul;
+  Entry<KvAppendKernel> kv_append;
+  Entry<SampleMaxKernel> sample_max;
+  Entry<SampleGatherKernel> sample_gather;
+  Entry<SampleWeightsKernel> sample_weights;
 };
 
 const Table& table();
