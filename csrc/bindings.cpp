@@ -192,4 +192,21 @@ PYBIND11_MODULE(_C, m) {
                       {scale, softcap, causal, window_left, window_right}, out, lse);
           });
         });
+  m.def("rope", [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
+                   const TensorView& positions, const TensorView& out_q, const TensorView& out_k,
+                   bool interleaved, std::optional<int64_t> rotary_dim) {
+    launch([&] { rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim); });
+  });
+  m.def("act_mul",
+        [](const TensorView& gate, const TensorView& up, const TensorView& out,
+           const std::string& activation) { launch([&] { act_mul(gate, up, out, activation); }); });
+  m.def("kv_append",
+        [](const TensorView& cache_k, const TensorView& cache_v, const TensorView& k, const TensorView& v,
+           const TensorView& positions, const TensorView& block_table, const TensorView& cache_seqlens) {
+          launch([&] { kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens); });
+        });
+  m.def("sample", [](const TensorView& logits, const TensorView& uniform, const TensorView& out,
+                     double temperature, int64_t top_k, double top_p, double min_p) {
+    launch([&] { sample(logits, uniform, out, temperature, top_k, top_p, min_p); });
+  });
 }

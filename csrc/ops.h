@@ -2,6 +2,7 @@
 // implementation and runs it on the team. Errors: std::invalid_argument (ValueError in Python),
 // NotSupported (NotImplementedError).
 #pragma once
+#include <optional>
 #include <string>
 
 #include "tensor.h"
@@ -37,6 +38,21 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
                const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
                const TensorView& k_start, const TensorView& k_end, const AttentionOptions& options,
                const TensorView& out, const TensorView& lse);
+// rotary_dim absent: twice the last dimension of cos. In place where the outputs are q and k.
+void rope(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
+          const TensorView& positions, const TensorView& out_q, const TensorView& out_k, bool interleaved,
+          std::optional<int64_t> rotary_dim);
+
+// activation: "silu", "gelu", "gelu_tanh"
+void act_mul(const TensorView& gate, const TensorView& up, const TensorView& out,
+             const std::string& activation);
+
+void kv_append(const TensorView& cache_k, const TensorView& cache_v, const TensorView& k, const TensorView& v,
+               const TensorView& positions, const TensorView& block_table, const TensorView& cache_seqlens);
+
+// temperature 0: the first maximum of each row, without uniform.
+void sample(const TensorView& logits, const TensorView& uniform, const TensorView& out, double temperature,
+            int64_t top_k, double top_p, double min_p);
 
 // What the machine can do at most with num_threads(), a second: bytes read from `data` (kind "read"; uint8, a
 // multiple of 1024), or operations ("fp32", "bf16", "int8"; data absent). See cpu/kernels/ceilings.cpp.

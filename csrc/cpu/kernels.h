@@ -80,8 +80,7 @@ using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t 
 // out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
 struct LinearArgs {
   PackedWeight w;
-  // Integer kernels: what QuantiseArgs made. Float kernels: x as float or bf16 [m][k_blocks * 32], zero
-  // beyond k, and for bf16 the sums of each 32 k.
+  // Integer kernels: what QuantiseArgs made. Float kernels: what PrepareArgs made.
   const int8_t* codes = nullptr;
   const float* scales = nullptr;
   const int32_t* corrections = nullptr;
@@ -94,13 +93,15 @@ struct LinearArgs {
 // One block of 32 outputs for rows [m_begin, m_end). panel: linear_panel_bytes() of memory of this thread.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
-struct PrepareArgs {  // x to what the float kernels read
+// x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
+// asked), or bf16 with columns (0, 2, 1, 3) of each 4, and the sums of each 32.
+struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0;
   bool round_bf16 = false;
-  void* out = nullptr;    // float or, where pairs, bf16
-  float* sums = nullptr;  // with pairs
+  void* out = nullptr;
+  float* sums = nullptr;  // bf16 only: [m][k_blocks]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 
@@ -150,6 +151,66 @@ inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
 
 using AttentionKernel = void (*)(const AttentionArgs&, int64_t task, void* scratch);
+// Rows of a (batch, heads, seq, head_dim) tensor whose last dimension is contiguous; strides count elements.
+struct HeadRows {
+  void* base = nullptr;
+  int64_t heads = 0, batch_stride = 0, head_stride = 0, seq_stride = 0;
+};
+
+// Rotates q and k: tokens are counted over (batch, seq), channels from rotary_dim on are copied.
+struct RopeArgs {
+  HeadRows in[2], out[2];  // q, k; in place where the bases are equal
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int64_t cos_stride = 0, sin_stride = 0;  // from one position to the next
+  const int64_t* positions = nullptr;      // nullptr: the token's index in its sequence
+  int64_t positions_batch_stride = 0, positions_seq_stride = 0;
+  int64_t seq = 0, head_dim = 0, rotary_dim = 0;
+  Storage dtype = Storage::f32;
+  bool interleaved = false;
+};
+using RopeKernel = void (*)(const RopeArgs&, int64_t token_begin, int64_t token_end);
+
+enum class Activation : uint8_t { silu, gelu, gelu_tanh };
+
+// out = act(gate) * up; elements are counted row by row.
+struct ActMulArgs {
+  Rows gate, up, out;
+  int64_t n = 0;  // length of a row
+  Storage dtype = Storage::f32;
+  Activation activation = Activation::silu;
+};
+using ActMulKernel = void (*)(const ActMulArgs&, int64_t begin, int64_t end);
+
+// Copies k or v into its cache: token t of batch element b goes to cache + offsets[b * seq + t] + head *
+// head_stride. Tokens go in ascending order, so that of two with one slot the last one stays.
+struct KvAppendArgs {
+  HeadRows in;
+  void* cache = nullptr;
+  const int64_t* offsets = nullptr;
+  int64_t head_stride = 0, seq = 0, head_dim = 0;
+  Storage in_dtype = Storage::f32, cache_dtype = Storage::f32;
+};
+using KvAppendKernel = void (*)(const KvAppendArgs&, int64_t head, int64_t batch_begin, int64_t batch_end);
+
+// Sampling looks at a row of n logits in blocks of kSampleBlock; the last one may be shorter.
+constexpr int64_t kSampleBlock = 64;
+struct SampleArgs {
+  const void* logits = nullptr;
+  int64_t row_stride = 0, n = 0, blocks = 0;  // blocks of one row
+  Storage dtype = Storage::f32;
+};
+// The maximum of each block, or NaN if it holds one; blocks are counted over the rows.
+using SampleMaxKernel = void (*)(const SampleArgs&, float* block_max, int64_t block_begin, int64_t block_end);
+// The logits >= lower of the blocks [block_begin, block_end) of a row with their token ids, in ascending
+// order of these and without -inf; block_max is the row's.
+using SampleGatherKernel = void (*)(const SampleArgs&, int64_t row, const float* block_max,
+                                    int64_t block_begin, int64_t block_end, float lower, float* values,
+                                    int32_t* ids, int64_t* count);
+// weights[i] = exp((logits[begin + i] - max) / temperature) for the tokens [begin, end) of a row, and the
+// sum.
+using SampleWeightsKernel = void (*)(const SampleArgs&, int64_t row, int64_t begin, int64_t end, float max,
+                                     float temperature, float* weights, float* sum);
 
 // Probes of the machine's limits, for the benches.
 using PeakKernel = void (*)(int64_t iterations, double& operations);
@@ -173,6 +234,13 @@ TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
+TW_DECLARE(rope, (const RopeArgs&, int64_t, int64_t))
+TW_DECLARE(act_mul, (const ActMulArgs&, int64_t, int64_t))
+TW_DECLARE(kv_append, (const KvAppendArgs&, int64_t, int64_t, int64_t))
+TW_DECLARE(sample_max, (const SampleArgs&, float*, int64_t, int64_t))
+TW_DECLARE(sample_gather,
+           (const SampleArgs&, int64_t, const float*, int64_t, int64_t, float, float*, int32_t*, int64_t*))
+TW_DECLARE(sample_weights, (const SampleArgs&, int64_t, int64_t, int64_t, float, float, float*, float*))
 TW_DECLARE(ceiling_fp32, (int64_t, double&))
 TW_DECLARE(ceiling_bf16, (int64_t, double&))
 TW_DECLARE(ceiling_int8, (int64_t, double&))

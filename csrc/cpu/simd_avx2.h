@@ -110,6 +110,16 @@ TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
 TW_INLINE bool any_not_finite(F a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(abs(a), _mm256_set1_ps(__builtin_inff()), _CMP_NLT_UQ)) != 0;
 }
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+  even = _mm256_shuffle_ps(low, high, 0x88);
+  odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+}
 TW_INLINE F lane_index() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 
 // In-register 8 x 8 transpose of fp32.

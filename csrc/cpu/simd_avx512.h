@@ -91,6 +91,17 @@ TW_INLINE F select_less(F a, F b, F yes, F no) {  // a < b ? yes : no
 TW_INLINE bool any_not_finite(F a) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ) != 0;
 }
+// a = x0 y0 x1 y1 ..., b = the W values after it <-> even = x0 x1 ..., odd = y0 y1 ...
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, e, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(e, _mm512_set1_epi32(1)), b);
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, i, odd);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(i, _mm512_set1_epi32(8)), odd);
+}
 TW_INLINE F lane_index() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // In-register 16 x 16 transpose of fp32.

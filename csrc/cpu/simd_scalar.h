@@ -127,6 +127,18 @@ TW_INLINE bool any_not_finite(F a) {
   TW_LANES r |= !(__builtin_fabsf(a.v[i]) < __builtin_inff());
   return r;
 }
+TW_INLINE void deinterleave(F a, F b, F& even, F& odd) {
+  for (int i = 0; i < W / 2; ++i) {
+    even.v[i] = a.v[2 * i], odd.v[i] = a.v[2 * i + 1];
+    even.v[W / 2 + i] = b.v[2 * i], odd.v[W / 2 + i] = b.v[2 * i + 1];
+  }
+}
+TW_INLINE void interleave(F even, F odd, F& a, F& b) {
+  for (int i = 0; i < W / 2; ++i) {
+    a.v[2 * i] = even.v[i], a.v[2 * i + 1] = odd.v[i];
+    b.v[2 * i] = even.v[W / 2 + i], b.v[2 * i + 1] = odd.v[W / 2 + i];
+  }
+}
 TW_INLINE F lane_index() {
   F r;
   TW_LANES r.v[i] = float(i);

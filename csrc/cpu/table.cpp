@@ -29,6 +29,8 @@ Table make() {
       {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
   t.linear_f32 = pick<LinearKernel>(
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
+  t.prepare_bf16 = pick<PrepareKernel>({{nullptr, Isa::scalar}, {prepare_bf16_avx512bf16, Isa::avx512bf16}});
+  t.linear_bf16 = pick<LinearKernel>({{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}});
 #define TW_ATTENTION(op)                                    \
   t.op = pick<AttentionKernel>({{op##_scalar, Isa::scalar}, \
                                 {op##_avx2, Isa::avx2},     \
@@ -39,6 +41,19 @@ Table make() {
   TW_ATTENTION(attention_decode)
   TW_ATTENTION(attention_merge)
 #undef TW_ATTENTION
+  t.rope = pick<RopeKernel>({{rope_scalar, Isa::scalar}, {rope_avx2, Isa::avx2}, {rope_avx512, Isa::avx512}});
+  t.act_mul = pick<ActMulKernel>(
+      {{act_mul_scalar, Isa::scalar}, {act_mul_avx2, Isa::avx2}, {act_mul_avx512, Isa::avx512}});
+  t.kv_append = pick<KvAppendKernel>(
+      {{kv_append_scalar, Isa::scalar}, {kv_append_avx2, Isa::avx2}, {kv_append_avx512, Isa::avx512}});
+  t.sample_max = pick<SampleMaxKernel>(
+      {{sample_max_scalar, Isa::scalar}, {sample_max_avx2, Isa::avx2}, {sample_max_avx512, Isa::avx512}});
+  t.sample_gather = pick<SampleGatherKernel>({{sample_gather_scalar, Isa::scalar},
+                                              {sample_gather_avx2, Isa::avx2},
+                                              {sample_gather_avx512, Isa::avx512}});
+  t.sample_weights = pick<SampleWeightsKernel>({{sample_weights_scalar, Isa::scalar},
+                                                {sample_weights_avx2, Isa::avx2},
+                                                {sample_weights_avx512, Isa::avx512}});
 #define TW_CEILING(op, Kernel)                       \
   t.op = pick<Kernel>({{op##_scalar, Isa::scalar},   \
                        {op##_avx2, Isa::avx2},       \

@@ -19,7 +19,16 @@ struct Table {
   Entry<QuantiseKernel> quantise_rows;
   Entry<LinearKernel> linear_int8, linear_f32;
   Entry<PrepareKernel> prepare_f32;
+  // Absent (fn == nullptr) below avx512bf16: x is rounded to bf16 and linear_f32 runs.
+  Entry<PrepareKernel> prepare_bf16;
+  Entry<LinearKernel> linear_bf16;
   Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
+  Entry<RopeKernel> rope;
+  Entry<ActMulKernel> act_mul;
+  Entry<KvAppendKernel> kv_append;
+  Entry<SampleMaxKernel> sample_max;
+  Entry<SampleGatherKernel> sample_gather;
+  Entry<SampleWeightsKernel> sample_weights;
   Entry<PeakKernel> ceiling_fp32, ceiling_bf16, ceiling_int8;
   Entry<ReadKernel> ceiling_read;
 };

@@ -95,12 +95,24 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
     run(a, m, row_chunk(kp), kp * 32, table().linear_int8.fn);
     return;
   }
+  const bool pairs = activation == "bf16" && table().linear_bf16.fn;
   PrepareArgs p;
   p.x = rows_of(x);
   p.dtype = storage_of(x.dtype);
   p.k = k;
   p.k_blocks = k_blocks;
   p.round_bf16 = activation == "bf16";
+  if (pairs) {
+    record(kOp, table().linear_bf16.isa);
+    if (m == 0) return;
+    auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp * 2 + k_blocks * 4)));
+    p.out = memory;
+    a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * 2);
+    parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().prepare_bf16.fn(p, begin, end); });
+    a.x = p.out;
+    run(a, m, row_chunk(kp * 2), kp * 64, table().linear_bf16.fn);
+    return;
+  }
   record(kOp, table().linear_f32.isa);
   if (m == 0) return;
   p.out = scratch(Scratch::operands, m * kp * 4);

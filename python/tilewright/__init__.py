@@ -7,7 +7,19 @@ import importlib
 import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPack exchange table)
 
 from tilewright._version import __version__
-from tilewright.ops import attention, layer_norm, quantized_linear, rms_norm, scaled_dot_product_attention
+from tilewright.ops import (
+    attention,
+    gelu_mul,
+    kv_append,
+    layer_norm,
+    quantized_linear,
+    rms_norm,
+    rope,
+    rope_tables,
+    sample,
+    scaled_dot_product_attention,
+    silu_mul,
+)
 from tilewright.quant import QuantizedLinear, QuantizedWeight, quantize_, quantize_weight
 from tilewright.runtime import get_num_threads, info, isa, last_impl, set_num_threads
 
@@ -27,17 +39,23 @@ __all__ = [
     "QuantizedWeight",
     "__version__",
     "attention",
+    "gelu_mul",
     "get_num_threads",
     "info",
     "isa",
+    "kv_append",
     "last_impl",
     "layer_norm",
     "quantize_",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "silu_mul",
     *_LAZY,
 ]
 

@@ -389,20 +389,6 @@ void prefill_task(const AttentionArgs& a, int64_t task, float* memory) {
 
 constexpr int kTogether = 4;  // rows that share the loads of a key or value: 4 x 2 accumulators
 
-template <int N>
-struct Count {
-  static constexpr int n = N;
-};
-
-// Calls f with a compile-time count for each run of at most kTogether rows.
-template <class Fn>
-TW_INLINE void in_row_groups(int64_t rows, Fn&& f) {
-  int64_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) f(r, Count<kTogether>{});
-  for (; r + 2 <= rows; r += 2) f(r, Count<2>{});
-  if (r < rows) f(r, Count<1>{});
-}
-
 // scores[r][j] = q[r] . k[j] for the rows of one group; q is [rows][d_pad] floats, zero beyond d.
 template <class T, int N>
 void decode_scores(const float* q, int64_t d_pad, const T* k, int64_t stride, int64_t d, int64_t count,
@@ -518,7 +504,7 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
     // Scores of keys before lo are never looked at, but for those in lo's own vector.
     const int64_t count = min64(min64(kDecodeBlock, hi - first), chunk_end - first);
     const int64_t from = max64(0, lo - first) / W * W;
-    in_row_groups(rows, [&](int64_t r, auto n) {
+    in_tiles<kTogether>(0, rows, [&](int64_t r, auto n) {
       decode_scores<T, n.n>(q + r * q_pad, q_pad, k + (first + from) * a.k.row, a.k.row, a.head_dim,
                             count - from, s.scores + r * s.ld + from, s.ld);
     });
@@ -530,7 +516,7 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
       for (int64_t r = 0; r < rows; ++r) any |= s.probabilities[r * s.ld + j] != 0.0f;
       if (any) seen[n_seen++] = int(j);
     }
-    in_row_groups(rows, [&](int64_t r, auto n) {
+    in_tiles<kTogether>(0, rows, [&](int64_t r, auto n) {
       decode_values<T, n.n>(s.probabilities + r * s.ld, s.ld, v + first * a.v.row, a.v.row, a.v_dim, seen,
                             n_seen, s.out + r * s.v_pad, s.v_pad);
     });

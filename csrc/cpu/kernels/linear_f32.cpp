@@ -6,7 +6,6 @@
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
-#include "cpu/kernels/rows.h"
 
 namespace tilewright {
 namespace {
@@ -110,20 +109,12 @@ void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t block, int64_t m_begin, 
     for (int64_t i = 0; i < blocks; ++i) dequantise(b, a.w, kb + i, weights + i * 1024);
     const int64_t first = kb * 32, k = (a.w.k - first < blocks * 32 ? a.w.k - first : blocks * 32);
     const float* x = static_cast<const float*>(a.x) + m_begin * stride + first;
-    int64_t m = 0;
-    for (; m + kRows <= m_count; m += kRows) tile<kRows>(x + m * stride, stride, weights, k, totals + m * 32);
-    for (; m < m_count; ++m) tile<1>(x + m * stride, stride, weights, k, totals + m * 32);
+    in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
+      tile<rows.n>(x + m * stride, stride, weights, k, totals + m * 32);
+    });
   }
   for (int64_t m = 0; m < m_count; ++m)
-    for (int r = 0; r < 32; r += W) {
-      const int64_t left = a.w.n - block * 32 - r;
-      if (left <= 0) break;
-      F y = load(totals + m * 32 + r);
-      if (a.bias) y = add(y, load(a.bias + block * 32 + r, left < W ? int(left) : W));
-      with_storage(a.out_dtype, [&](auto t) {
-        store_outputs(row<decltype(t)>(a.out, m_begin + m) + block * 32, a.w.n - block * 32, r, y);
-      });
-    }
+    for (int r = 0; r < 32; r += W) store_outputs(a, block, r, m_begin + m, load(totals + m * 32 + r));
 }
 
 }  // namespace tilewright

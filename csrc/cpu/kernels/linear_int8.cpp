@@ -11,7 +11,6 @@
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
-#include "cpu/kernels/rows.h"
 
 namespace tilewright {
 namespace {
@@ -99,47 +98,19 @@ void tile(const LinearArgs& a, const Block& b, const uint8_t* codes, int pair, i
   }
 }
 
-template <Codes kind, int MR>
-void rows_of_tile(const LinearArgs& a, const Block& b, const uint8_t* codes, int64_t block, int64_t m) {
-  for (int pair = 0; pair < kPairs; ++pair) {
-    F acc[MR][2];
-    tile<kind, MR>(a, b, codes, pair, m, acc);
-    for (int half = 0; half < 2; ++half) {
-      const int r = pair_row(pair, half);
-      const int64_t left = a.w.n - block * 32 - r;
-      if (left <= 0) continue;
-      const int count = left < W ? int(left) : W;
-      const F bias = a.bias ? load(a.bias + block * 32 + r, count) : zero();
-      for (int i = 0; i < MR; ++i) {
-        const F y = a.bias ? add(acc[i][half], bias) : acc[i][half];
-        with_storage(a.out_dtype, [&](auto t) {
-          store_outputs(row<decltype(t)>(a.out, m + i) + block * 32, a.w.n - block * 32, r, y);
-        });
+template <Codes kind>
+void all_rows(const LinearArgs& a, const Block& b, const uint8_t* codes, int64_t block, int64_t begin,
+              int64_t end) {
+  in_tiles<kRows>(begin, end, [&](int64_t m, auto rows) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      F acc[rows.n][2];
+      tile<kind, rows.n>(a, b, codes, pair, m, acc);
+      for (int i = 0; i < rows.n; ++i) {
+        store_outputs(a, block, pair_row(pair, 0), m + i, acc[i][0]);
+        store_outputs(a, block, pair_row(pair, 1), m + i, acc[i][1]);
       }
     }
-  }
-}
-
-template <Codes kind>
-void all_rows(const LinearArgs& a, const Block& b, const uint8_t* codes, int64_t block, int64_t m,
-              int64_t end) {
-  for (; m + kRows <= end; m += kRows) rows_of_tile<kind, kRows>(a, b, codes, block, m);
-  if constexpr (kRows > 1) {
-    switch (end - m) {
-      case 1:
-        return rows_of_tile<kind, 1>(a, b, codes, block, m);
-      case 2:
-        return rows_of_tile < kind, kRows<2 ? kRows : 2>(a, b, codes, block, m);
-      case 3:
-        return rows_of_tile < kind, kRows<3 ? kRows : 3>(a, b, codes, block, m);
-      case 4:
-        return rows_of_tile < kind, kRows<4 ? kRows : 4>(a, b, codes, block, m);
-      case 5:
-        return rows_of_tile < kind, kRows<5 ? kRows : 5>(a, b, codes, block, m);
-      default:
-        return;
-    }
-  }
+  });
 }
 
 template <class T>

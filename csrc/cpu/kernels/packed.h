@@ -1,6 +1,7 @@
 // Reading a PackedWeight inside kernels. Included after cpu/simd.h.
 #pragma once
 #include "cpu/kernels.h"
+#include "cpu/kernels/rows.h"
 
 namespace tilewright {
 namespace {
@@ -47,14 +48,19 @@ TW_INLINE void unpack_nibbles(const uint8_t* codes, int64_t k_blocks, uint8_t* b
     }
 }
 
-template <class T>
-TW_INLINE void store_outputs(T* out, int64_t n_left, int row,
-                             F y) {  // n_left: outputs from the block's first
-  const int64_t left = n_left - row;
-  if (left >= W)
-    store(out + row, y);
-  else if (left > 0)
-    store(out + row, y, int(left));
+// Stores W outputs of row m, the block's rows [first, first + W), with the bias; outputs past n are dropped.
+TW_INLINE void store_outputs(const LinearArgs& a, int64_t block, int first, int64_t m, F y) {
+  const int64_t at = block * 32 + first, left = a.w.n - at;
+  if (left <= 0) return;
+  const int count = left < W ? int(left) : W;
+  if (a.bias) y = add(y, load(a.bias + at, count));
+  with_storage(a.out_dtype, [&](auto t) {
+    auto* out = row<decltype(t)>(a.out, m) + at;
+    if (count == W)
+      store(out, y);
+    else
+      store(out, y, count);
+  });
 }
 
 }  // namespace

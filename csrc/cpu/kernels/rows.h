@@ -24,5 +24,18 @@ TW_INLINE void with_storage(Storage s, Fn&& f) {
   if (s == Storage::f16) f(f16{});
 }
 
+// Calls f(i, Count<n>{}) over [begin, end): n is kMost as long as that many are left, then what is left.
+template <int N>
+struct Count {
+  static constexpr int n = N;
+};
+template <int kMost, class Fn>
+TW_INLINE void in_tiles(int64_t begin, int64_t end, Fn&& f) {
+  for (; begin + kMost <= end; begin += kMost) f(begin, Count<kMost>{});
+  if constexpr (kMost > 1) {
+    if (begin < end) in_tiles<kMost - 1>(begin, end, f);
+  }
+}
+
 }  // namespace
 }  // namespace tilewright

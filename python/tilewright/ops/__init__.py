@@ -1,13 +1,24 @@
 """The kernels' public functions. One module per op: the function, its float64 reference, its registration."""
 
+from tilewright.ops.activation import gelu_mul, silu_mul
 from tilewright.ops.attention import attention, scaled_dot_product_attention
+from tilewright.ops.kv_append import kv_append
 from tilewright.ops.linear import quantized_linear
 from tilewright.ops.norm import layer_norm, rms_norm
+from tilewright.ops.rope import rope
+from tilewright.ops.rope_tables import rope_tables
+from tilewright.ops.sample import sample
 
 __all__ = [
     "attention",
+    "gelu_mul",
+    "kv_append",
     "layer_norm",
     "quantized_linear",
     "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample",
     "scaled_dot_product_attention",
+    "silu_mul",
 ]

@@ -53,4 +53,6 @@ def check_backend(op: str, backend: str) -> None:
 
 def contiguous_last(t: torch.Tensor) -> torch.Tensor:
     """``t`` itself if its last dimension is contiguous, else a contiguous copy: kernels never copy."""
-    return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+    if t.dim() and t.stride(-1) == 1:
+        return t
+    return t if t.dim() == 0 or t.shape[-1] <= 1 else t.contiguous()

@@ -1,0 +1,91 @@
+"""Writing new keys and values into a cache, dense or paged (https://arxiv.org/abs/2309.06180)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewright import _C
+from tilewright.ops.registry import contiguous_last, direct, register
+
+
+def kv_append(
+    cache_k: Tensor,
+    cache_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None = None,
+    *,
+    block_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Writes k and v into their caches in place, in the caches' dtypes, and returns the caches.
+
+    k, v: (batch, kv_heads, seq, head_dim), their head_dims may differ; cache_k, cache_v: (batch, kv_heads,
+    max_len, head_dim). All float32, bfloat16 or float16 in any combination (float64 runs in torch). Token t
+    of batch element b goes to slot
+
+    - ``positions[t]`` or ``positions[b, t]``: int64, (seq,) or (batch, seq),
+    - or ``cache_seqlens[b] + t``: int32 or int64, (batch,),
+    - or t.
+
+    With ``block_table``, int32 (batch, max_blocks), the caches are pages, (num_blocks, kv_heads, page_size,
+    head_dim), and slot p is slot ``p % page_size`` of page ``block_table[b, p // page_size]``. Of two tokens
+    with one slot the later one stays (batch elements in order, tokens in order).
+
+    Raises ValueError, before anything is written, for slots or pages out of range, other shapes or dtypes,
+    memory that overlaps, both positions and cache_seqlens, or a tensor that needs a gradient.
+    """
+    if direct(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
+        _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
+        return cache_k, cache_v
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (cache_k, cache_v, k, v)):
+        raise ValueError("kv_append: writes in place and has no gradient; detach the tensors or use no_grad")
+    torch.ops.tilewright.kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
+    return cache_k, cache_v
+
+
+def kv_append_reference(
+    cache_k: Tensor,
+    cache_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None = None,
+    *,
+    block_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the caches hold after `kv_append`, as new tensors: token by token in plain torch."""
+    batch, _, seq, _ = k.shape
+    out_k, out_v = cache_k.clone(), cache_v.clone()
+    for b in range(batch):
+        for t in range(seq):
+            slot, outer = t if cache_seqlens is None else int(cache_seqlens[b]) + t, b
+            if positions is not None:
+                slot = int(positions.expand(batch, seq)[b, t])
+            if block_table is not None:
+                outer, slot = int(block_table[b, slot // cache_k.shape[2]]), slot % cache_k.shape[2]
+            out_k[outer, :, slot] = k[b, :, t].to(out_k.dtype)
+            out_v[outer, :, slot] = v[b, :, t].to(out_v.dtype)
+    return out_k, out_v
+
+
+def _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
+    if torch.float64 in (cache_k.dtype, cache_v.dtype, k.dtype, v.dtype):
+        _C.record("kv_append", "reference")
+        out_k, out_v = kv_append_reference(
+            cache_k, cache_v, k, v, positions, block_table=block_table, cache_seqlens=cache_seqlens
+        )
+        cache_k.copy_(out_k)
+        cache_v.copy_(out_v)
+        return
+    _C.kv_append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
+    torch.autograd.graph.increment_version((cache_k, cache_v))  # a graph that saved them must notice
+
+
+register(
+    "kv_append(Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor k, Tensor v, Tensor? positions,"
+    " Tensor? block_table, Tensor? cache_seqlens) -> ()",
+    _kv_append_cpu,
+    lambda *_: None,
+)

@@ -1,0 +1,132 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewright import _C
+from tilewright.ops.registry import contiguous_last, direct, register
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated by their positions' angles: ``(a cos - b sin, b cos + a sin)`` for each pair (a, b).
+
+    q: (batch, heads, seq, head_dim), k: (batch, kv_heads, seq, head_dim), both float32, bfloat16 or float16
+    (float64 runs the reference); cos, sin: (max_positions, rotary_dim / 2), float32, as `rope_tables` makes
+    them; positions: int64, (seq,) or (batch, seq), None for 0 .. seq - 1. Pairs are the channels
+    (i, i + rotary_dim / 2), or (2i, 2i + 1) with ``interleaved``; channels from ``rotary_dim`` (default
+    2 * cos.shape[-1]) on are copied. With ``inplace`` q and k are overwritten and returned. Arithmetic is
+    float32, each product and sum rounded by itself.
+
+    Raises ValueError for other shapes or dtypes, positions outside the tables, and inplace on tensors that
+    need a gradient, overlap, or are not contiguous in their last dimension; NotImplementedError if cos or
+    sin needs a gradient.
+    """
+    if direct(q, k, cos, sin, positions):
+        if not inplace:
+            return _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
+        _rope_inplace_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
+        return q, k
+    if torch.is_grad_enabled():
+        if cos.requires_grad or sin.requires_grad:
+            raise NotImplementedError("rope: cos and sin have no gradient; detach them")
+        if inplace and (q.requires_grad or k.requires_grad):
+            raise ValueError("rope: inplace=True needs tensors without gradient; use inplace=False or no_grad")
+    if not inplace:
+        return torch.ops.tilewright.rope(q, k, cos, sin, positions, interleaved, rotary_dim)
+    torch.ops.tilewright.rope_(q, k, cos, sin, positions, interleaved, rotary_dim)
+    return q, k
+
+
+def rope_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope` in float64."""
+    if positions is None:
+        positions = torch.arange(q.shape[2], device=q.device)
+    rows = positions if positions.dim() == 1 else positions.unsqueeze(1)  # broadcast over the heads
+    c, s = cos.double()[rows], sin.double()[rows]
+    dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+
+    def rotate(x: Tensor) -> Tensor:
+        wide = x.double()
+        rotary, rest = wide[..., :dim], wide[..., dim:]
+        if interleaved:
+            a, b = rotary[..., 0::2], rotary[..., 1::2]
+            rotary = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+        else:
+            a, b = rotary.chunk(2, -1)
+            rotary = torch.cat((a * c - b * s, b * c + a * s), -1)
+        return torch.cat((rotary, rest), -1)
+
+    return rotate(q), rotate(k)
+
+
+def _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim):
+    if q.dtype == torch.float64:
+        _C.record("rope", "reference")
+        return rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
+    q, k = contiguous_last(q), contiguous_last(k)
+    out_q, out_k = torch.empty_like(q), torch.empty_like(k)
+    _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
+    return out_q, out_k
+
+
+def _rope_inplace_cpu(q, k, cos, sin, positions, interleaved, rotary_dim):
+    if q.dtype == torch.float64:
+        out_q, out_k = _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
+        q.copy_(out_q)
+        k.copy_(out_k)
+        return
+    _C.rope(q, k, cos, sin, positions, q, k, interleaved, rotary_dim)
+    torch.autograd.graph.increment_version((q, k))  # a graph that saved them must notice
+
+
+def _rope_fake(q, k, cos, sin, positions, interleaved, rotary_dim):
+    return torch.empty_like(contiguous_last(q)), torch.empty_like(contiguous_last(k))
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, cos, sin, positions, *ctx.layout = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx, grad_q, grad_k):
+    cos, sin, positions = ctx.saved_tensors
+    # The rotation by -angle is the transpose of the rotation by angle, scaled tables included.
+    grad_q, grad_k = torch.ops.tilewright.rope(grad_q, grad_k, cos, -sin, positions, *ctx.layout)
+    return grad_q, grad_k, None, None, None, None, None
+
+
+register(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, int? rotary_dim)"
+    " -> (Tensor, Tensor)",
+    _rope_cpu,
+    _rope_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    "rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
+    " int? rotary_dim) -> ()",
+    _rope_inplace_cpu,
+    lambda *_: None,
+)
