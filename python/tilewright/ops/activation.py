@@ -55,8 +55,8 @@ def _act_mul_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dtype == torch.float64:
         _C.record("silu_mul" if activation == "silu" else "gelu_mul", "reference")
         if activation == "silu":
-            return silu_mul_reference(gate, up)
-        return gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none")
+            return silu_mul_reference(gate, up).contiguous()
+        return gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none").contiguous()
     gate, up = contiguous_last(gate), contiguous_last(up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.act_mul(gate, up, out, activation)
