@@ -94,14 +94,14 @@ struct LinearArgs {
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
 // x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
-// asked), or bf16 with columns (0, 2, 1, 3) of each 4, and the sums of each 32.
+// asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each 32.
 struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0;
   bool round_bf16 = false;
   void* out = nullptr;
-  float* sums = nullptr;  // bf16 only: [m][k_blocks]
+  float* sums = nullptr;  // [m][k_blocks]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 

@@ -55,9 +55,24 @@ bool before(const Ranked& a, const Ranked& b) {
   return a.value > b.value || (a.value == b.value && a.id > b.id);
 }
 
-// The last of the most probable tokens whose weights together reach `mass`: selection, in linear time.
-Ranked last_within(Ranked* first, Ranked* last, double mass) {
-  double sum = 0;  // of what ranks before `first`
+// The last of the most probable tokens whose weights together reach `mass`, in linear time: one pass by value
+// finds the thousandth of the range that holds it, selection inside does the rest.
+Ranked last_within(const Candidates& c, double mass) {
+  constexpr int kBuckets = 1024;
+  const auto [low, high] = std::minmax_element(c.values, c.values + c.count);
+  const double top = *high, scale = *high > *low ? (kBuckets - 1) / (top - *low) : 0;
+  const auto bucket_of = [&](float value) { return static_cast<int>((top - value) * scale); };
+  double buckets[kBuckets] = {};
+  for (int64_t i = 0; i < c.count; ++i) buckets[bucket_of(c.values[i])] += c.weights[i];
+  double sum = 0;  // of what ranks before the bucket, then before `first`
+  int bucket = 0;
+  while (bucket + 1 < kBuckets && sum + buckets[bucket] < mass) sum += buckets[bucket++];
+
+  auto* first = static_cast<Ranked*>(scratch(Scratch::panel, c.count * int64_t{sizeof(Ranked)}));
+  Ranked* last = first;
+  for (int64_t i = 0; i < c.count; ++i)
+    if (bucket_of(c.values[i]) == bucket) *last++ = {c.values[i], c.weights[i], c.ids[i]};
+  if (first == last) return {*low, 0.0f, 0};  // the weights do not reach the mass: nothing is cut
   while (last - first > 1) {
     Ranked* middle = first + (last - first) / 2;
     std::nth_element(first, middle, last, before);
@@ -111,7 +126,7 @@ struct Sampler {
     if (by_p()) log_weight = std::log((1 - top_p) * total(row) / double(args.n));
     if (min_p > 0) log_weight = std::max(log_weight, std::log(min_p));
     const double bound = row_max[row] + temperature * (log_weight - kSlack);
-    return std::nextafter(float(std::max(bound, -3e38)), -INFINITY);
+    return std::nextafter(float(std::max<double>(bound, -FLT_MAX)), -INFINITY);
   }
 
   int64_t pick(int64_t row, double uniform) const {
@@ -140,9 +155,7 @@ struct Sampler {
       mass += sum;
     }
     if (by_p()) {
-      auto* ranked = static_cast<Ranked*>(scratch(Scratch::panel, c.count * int64_t{sizeof(Ranked)}));
-      for (int64_t i = 0; i < c.count; ++i) ranked[i] = {c.values[i], c.weights[i], c.ids[i]};
-      const Ranked last = last_within(ranked, ranked + c.count, top_p * (by_k() ? mass : total(row)));
+      const Ranked last = last_within(c, top_p * (by_k() ? mass : total(row)));
       c.filter([&](int64_t i) { return !before(last, {c.values[i], 0.0f, c.ids[i]}); });
     }
     if (min_p > 0) c.filter([&](int64_t i) { return c.weights[i] >= float(min_p); });

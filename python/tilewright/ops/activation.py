@@ -42,7 +42,10 @@ def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def gelu_mul_reference(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """`gelu_mul` in float64."""
-    return torch.nn.functional.gelu(gate.double(), approximate=approximate) * up.double()
+    x = gate.double()
+    if approximate == "none":  # by erfc: torch's 1 + erf has no digits left in the lower tail
+        return 0.5 * x * torch.erfc(x * -math.sqrt(0.5)) * up.double()
+    return torch.nn.functional.gelu(x, approximate=approximate) * up.double()
 
 
 def _act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -55,8 +58,8 @@ def _act_mul_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dtype == torch.float64:
         _C.record("silu_mul" if activation == "silu" else "gelu_mul", "reference")
         if activation == "silu":
-            return silu_mul_reference(gate, up)
-        return gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none")
+            return silu_mul_reference(gate, up).contiguous()
+        return gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none").contiguous()
     gate, up = contiguous_last(gate), contiguous_last(up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.act_mul(gate, up, out, activation)

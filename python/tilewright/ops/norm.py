@@ -74,10 +74,10 @@ def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor | None]:
     op = "layer_norm" if centred else "rms_norm"
+    x = contiguous_last(x)
     if x.dtype == torch.float64:
         _C.record(op, "reference")
         return norm_reference(x, residual, weight, bias, eps, centred)
-    x = contiguous_last(x)
     out = torch.empty_like(x)
     total = None
     if residual is not None:
@@ -94,8 +94,8 @@ def _norm_cpu(x, residual, weight, bias, eps, centred):
 
 
 def _norm_fake(x, residual, weight, bias, eps, centred):
-    out = torch.empty_like(x)
-    return out, x.new_empty(0) if residual is None else torch.empty_like(x)
+    out = torch.empty_like(contiguous_last(x))  # strides as the kernel's results have them
+    return out, x.new_empty(0) if residual is None else torch.empty_like(out)
 
 
 def _setup_context(ctx, inputs, output):

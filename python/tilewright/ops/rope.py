@@ -81,23 +81,25 @@ def rope_reference(
 
 
 def _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim):
-    if q.dtype == torch.float64:
-        _C.record("rope", "reference")
-        return rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
     q, k = contiguous_last(q), contiguous_last(k)
     out_q, out_k = torch.empty_like(q), torch.empty_like(k)
-    _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
+    _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim)
     return out_q, out_k
 
 
 def _rope_inplace_cpu(q, k, cos, sin, positions, interleaved, rotary_dim):
-    if q.dtype == torch.float64:
-        out_q, out_k = _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
-        q.copy_(out_q)
-        k.copy_(out_k)
-        return
-    _C.rope(q, k, cos, sin, positions, q, k, interleaved, rotary_dim)
+    _rope_into(q, k, q, k, cos, sin, positions, interleaved, rotary_dim)
     torch.autograd.graph.increment_version((q, k))  # a graph that saved them must notice
+
+
+def _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim):
+    if q.dtype != torch.float64:
+        _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
+        return
+    _C.record("rope", "reference")
+    results = rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
+    out_q.copy_(results[0])
+    out_k.copy_(results[1])
 
 
 def _rope_fake(q, k, cos, sin, positions, interleaved, rotary_dim):

@@ -77,7 +77,7 @@ class _Fields:
         return torch.tensor(value, dtype=torch.float32)
 
 
-def _powers(theta: float, dim: int) -> Tensor:
+def _powers(theta: float | Tensor, dim: int) -> Tensor:
     return theta ** (torch.arange(0, dim, 2).float() / dim)
 
 
@@ -92,10 +92,11 @@ def _linear(theta: float, dim: int, fields: _Fields) -> tuple[Tensor, float]:
 def _dynamic(theta: float, dim: int, fields: _Fields) -> tuple[Tensor, float]:
     factor = fields.number("factor")
     original = fields.number("original_max_position_embeddings", fields.max_positions)
-    length = max(fields.seq_len or 0, original)
-    if dim > 2:
-        theta *= (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
-    return 1.0 / _powers(theta, dim), 1.0
+    if fields.seq_len is None or fields.seq_len <= original or dim == 2:
+        return _default(theta, dim, fields)
+    # In float32 from here on: transformers grows its tables with the length in a tensor.
+    stretch = factor * torch.tensor(fields.seq_len) / original - (factor - 1)
+    return 1.0 / _powers(theta * stretch ** (dim / (dim - 2)), dim), 1.0
 
 
 def _yarn(theta: float, dim: int, fields: _Fields) -> tuple[Tensor, float]:

@@ -1,0 +1,51 @@
+"""Fixtures that the tests of every op share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import tilewright
+import torch
+from compare import assert_same_bits
+from tilewright import _C
+from torch import Tensor
+
+THREADS = (1, 2, 3, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def same_bits() -> Iterator[Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]]:
+    """Runs a function that returns tensors with 1, 2, 3 and 8 threads and asserts that the bits are equal."""
+
+    def run(make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        first = None
+        for threads in THREADS:
+            tilewright.set_num_threads(threads)
+            results = make()
+            first = results if first is None else first
+            for a, b in zip(first, results, strict=True):
+                assert_same_bits(a, b)
+        return first
+
+    yield run
+    _C.set_num_threads(0)  # follow torch again
+
+
+@pytest.fixture
+def kernel_impl() -> str:
+    """What last_impl must say of an op that has scalar, avx2 and avx512 kernels."""
+    order = ("scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
+    level = order.index(tilewright.isa())
+    return max((x for x in ("scalar", "avx2", "avx512") if order.index(x) <= level), key=order.index)
