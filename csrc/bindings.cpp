@@ -61,6 +61,12 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!level) throw py::error_already_set();
     Py_DECREF(level);
     if (level != Py_None) Py_RETURN_FALSE;
+    static PyObject* const current_level = PyUnicode_InternFromString("_current_level");
+    PyObject* dual = PyObject_GetAttr(torch.forward_ad, current_level);
+    if (!dual) throw py::error_already_set();
+    const long dual_level = PyLong_AsLong(dual);
+    Py_DECREF(dual);
+    if (dual_level >= 0) Py_RETURN_FALSE;
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
     const bool grad = truthy(PyObject_CallNoArgs(torch.is_grad_enabled));
@@ -95,6 +101,7 @@ void fill_handles(bool use_dlpack) {
   h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
   h.function_depth = own(c.attr("_len_torch_function_stack"));
   h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));
+  h.forward_ad = own(py::module_::import("torch.autograd.forward_ad"));
   h.api = nullptr;
   py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
   if (use_dlpack && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {

@@ -55,6 +55,7 @@ struct TorchHandles {
   PyObject* dispatch_depth = nullptr;
   PyObject* function_depth = nullptr;
   PyObject* peek_functorch = nullptr;
+  PyObject* forward_ad = nullptr;
 };
 TorchHandles& torch_handles();
 

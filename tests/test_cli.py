@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 from tilewright import AutoModelForCausalLM, AutoTokenizer, cli
 from tilewright.io.pull import pull
 

@@ -74,7 +74,7 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: linear_arguments(False, "bf16", rand(5, 3, 64).transpose(0, 1)),
         lambda: linear_arguments(True, "int8", rand(64, grad=True)),
     ],
-    "dequantize_weight": [lambda: (WEIGHT.packed, *WEIGHT.spec())],
+    "weight_rows": [lambda: (torch.arange(40), WEIGHT.packed, *WEIGHT.spec())],
     "norm": [
         lambda: (rand(3, 8), None, None, None, 1e-5, False),
         lambda: (rand(3, 8, grad=True), rand(3, 8, grad=True), rand(8, grad=True), rand(8, grad=True), 1e-5, True),

@@ -13,6 +13,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import one_thread  # noqa: F401  (a fixture)
+
 from tilewright import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, TextStreamer
 from tilewright.generation import logits as processing
 from tilewright.generation.config import PARAMETERS

@@ -17,6 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import one_thread  # noqa: F401  (a fixture)
+
 from tilewright import AutoModelForCausalLM
 from tilewright.io.errors import FormatError
 from tilewright.io.pull import pull
@@ -499,6 +501,7 @@ def test_unsupported_gguf_type(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys, time
 import tilewright
+from tiny import one_thread  # noqa: F401  (a fixture)
 from tilewright import AutoModelForCausalLM
 import tilewright.models.auto
 
@@ -545,7 +548,7 @@ def test_default_model_loads_fast_and_small(folder: Path) -> None:
 @pytest.mark.parametrize("quantization", ["None", "'int8'", "'int4'"])
 def test_folder_memory(quantization: str, folder: Path, tmp_path: Path) -> None:
     tiny.build(
-        "llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, head_dim=64,
+        "llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8, head_dim=64,
         vocab_size=4000,
     ).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30MB")  # fmt: skip
     growth, packed, _ = measure(tmp_path, quantization, str(folder))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny import one_thread  # noqa: F401  (a fixture)
+
 from tilewright import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from tilewright.io.pull import pull
 

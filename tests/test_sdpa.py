@@ -263,10 +263,14 @@ def served_by_torch() -> dict[str, Callable[[], Tensor]]:
     def attend(*tensors: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*tensors)
 
-    def nested() -> Tensor:
-        parts = [torch.randn(5, 2, 8), torch.randn(3, 2, 8)]
-        x = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    def jagged() -> Tensor:
+        x = torch.nested.nested_tensor([torch.randn(5, 2, 8), torch.randn(3, 2, 8)], layout=torch.jagged)
+        x = x.transpose(1, 2)
         return attend(x, x, x).transpose(1, 2).values()
+
+    def nested() -> Tensor:
+        x = torch.nested.nested_tensor([torch.randn(2, 5, 8), torch.randn(2, 3, 8)])
+        return torch.cat([t.flatten() for t in attend(x, x, x).unbind()])
 
     class Subclass(Tensor):
         pass
@@ -274,6 +278,7 @@ def served_by_torch() -> dict[str, Callable[[], Tensor]]:
     return {
         "meta": lambda: attend(q.to("meta"), k.to("meta"), v.to("meta")),
         "subclass": lambda: attend(q.as_subclass(Subclass), k, v),
+        "jagged": jagged,
         "nested": nested,
         "vmap": lambda: torch.vmap(attend)(q, k, v),
         "func.grad": lambda: torch.func.grad(lambda x: attend(x, k, v).sum())(q),
@@ -281,7 +286,7 @@ def served_by_torch() -> dict[str, Callable[[], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("name", ["meta", "subclass", "nested", "vmap", "func.grad", "jit.trace"])
+@pytest.mark.parametrize("name", ["meta", "subclass", "jagged", "nested", "vmap", "func.grad", "jit.trace"])
 def test_handed_on_to_torch(name: str) -> None:
     call = served_by_torch()[name]
     torch.manual_seed(1)

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <cmath>
 #include <string>
 
+#include "cpu/simd.h"
 #include "cpu/table.h"
 #include "cpu/team.h"
 #include "ops.h"
@@ -35,6 +37,40 @@ void run(const LinearArgs& a, int64_t m, int64_t chunk, int64_t panel_bytes, con
     });
   } else {
     parallel_tasks(blocks * chunks, [&](int64_t task) { one(task % blocks, task / blocks); });
+  }
+}
+
+// The float kernels multiply x by codes and correct for zero points and minima afterwards, where an infinity
+// would become NaN. Rows of x with a value that is not finite are computed here once more, from the
+// dequantised weight; they are rare, so plainly.
+void redo_rows_not_finite(const LinearArgs& a, int64_t m, bool pairs) {
+  const int64_t k_blocks = a.w.k_blocks(), k = a.w.k;
+  for (int64_t r = 0; r < m; ++r) {
+    bool finite = true;
+    for (int64_t kb = 0; kb < k_blocks; ++kb) finite &= std::isfinite(a.sums[r * k_blocks + kb]);
+    if (finite) continue;
+    const auto x = [&](int64_t i) {
+      if (!pairs) return static_cast<const float*>(a.x)[r * k_blocks * 32 + i];
+      constexpr int kPlace[4] = {0, 2, 1, 3};  // as prepare_bf16 orders the columns of a step
+      return to_float(static_cast<const bf16*>(a.x)[r * k_blocks * 32 + i / 4 * 4 + kPlace[i % 4]]);
+    };
+    int64_t offset = 0, index = r;
+    for (int d = a.out.dims - 1; d >= 0; --d) {
+      offset += index % a.out.shape[d] * a.out.strides[d];
+      index /= a.out.shape[d];
+    }
+    parallel_ranges(a.w.n, 8, [&](int64_t begin, int64_t end) {
+      auto* w = static_cast<float*>(scratch(Scratch::panel, k * 4));
+      for (int64_t n = begin; n < end; ++n) {
+        dequantise_row(a.w, n, w);
+        float sum = 0.0f;
+        for (int64_t i = 0; i < k; ++i) sum += x(i) * w[i];
+        if (a.bias) sum += a.bias[n];
+        if (a.out_dtype == Storage::f32) static_cast<float*>(a.out.base)[offset + n] = sum;
+        if (a.out_dtype == Storage::bf16) static_cast<bf16*>(a.out.base)[offset + n] = to_bf16(sum);
+        if (a.out_dtype == Storage::f16) static_cast<f16*>(a.out.base)[offset + n] = to_f16(sum);
+      }
+    });
   }
 }
 
@@ -111,6 +147,7 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
     parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().prepare_bf16.fn(p, begin, end); });
     a.x = p.out;
     run(a, m, row_chunk(kp * 2), kp * 64, table().linear_bf16.fn);
+    redo_rows_not_finite(a, m, true);
     return;
   }
   record(kOp, table().linear_f32.isa);
@@ -122,6 +159,7 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   a.x = p.out;
   const int64_t chunk = row_chunk(512 * 4);
   run(a, m, chunk, (128 + std::min(m, chunk)) * 32 * 4, table().linear_f32.fn);
+  redo_rows_not_finite(a, m, false);
 }
 
 }  // namespace tilewright

@@ -128,7 +128,9 @@ void pack_blocks(const PackedWeight& w, const Source& source, uint8_t* out) {
   });
 }
 
-void unpack_row(const PackedWeight& w, int64_t row, float* out) {
+}  // namespace
+
+void dequantise_row(const PackedWeight& w, int64_t row, float* out) {
   const uint8_t* codes = w.data + (row / 32) * w.block_bytes();
   const uint8_t* scales = codes + w.code_bytes();
   const uint8_t* offsets = scales + w.groups() * 32 * w.scale_bytes();
@@ -152,8 +154,6 @@ void unpack_row(const PackedWeight& w, int64_t row, float* out) {
     }
   }
 }
-
-}  // namespace
 
 PackedWeight packed_weight(const char* op, const TensorView& packed, int64_t n, int64_t k, int bits,
                            int64_t group_size, int offset, int scale_bits) {
@@ -257,7 +257,7 @@ void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, i
                               std::to_string(n) + " rows");
   if (out.numel() == 0) return;
   parallel_ranges(index.dim(0), std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) unpack_row(w, rows[i], out.as<float>() + i * k);
+    for (int64_t i = begin; i < end; ++i) dequantise_row(w, rows[i], out.as<float>() + i * k);
   });
 }
 

@@ -9,4 +9,7 @@ namespace tilewright {
 PackedWeight packed_weight(const char* op, const TensorView& packed, int64_t n, int64_t k, int bits,
                            int64_t group_size, int offset, int scale_bits);
 
+// Row `row` of the weight, k floats: scale * (code - zero) or scale * code + min.
+void dequantise_row(const PackedWeight& w, int64_t row, float* out);
+
 }  // namespace tilewright

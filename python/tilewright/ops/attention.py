@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, contiguous_last, direct, register
+from tilewright.ops.registry import check_backend, contiguous_last, direct, record_reference, register
 
 _OP = "attention"
 CAUSAL = (None, "top_left", "bottom_right")
@@ -75,7 +75,7 @@ def attention(
     if backend == "reference":
         wide, lse = _reference(*tensors, *options)
         result, lse = wide.to(q.dtype), lse.float()
-        _C.record(_OP, "reference")
+        record_reference(_OP)
     else:
         if out is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
@@ -250,7 +250,7 @@ def _attention(
     """(out, lse or None) from the kernel; float64 runs the reference."""
     if q.dtype is torch.float64 or k.dtype is torch.float64:
         _check_shapes(q, k, v)
-        _C.record(_OP, "reference")
+        record_reference(_OP)
         wide, lse = _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
         wide = wide.to(q.dtype)
         return (wide if out is None else out.copy_(wide)), lse.float()
@@ -279,7 +279,7 @@ def _attention_cpu(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, sof
     out, lse = _attention(
         q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse
     )
-    return out, torch.empty(0) if lse is None or not return_lse else lse
+    return out, torch.empty(0) if not return_lse else lse
 
 
 def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse):
@@ -288,7 +288,7 @@ def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, so
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.options = inputs[9:14]
+    ctx.options, ctx.return_lse = inputs[9:14], inputs[14]
     ctx.save_for_backward(*inputs[:9], output[0])
     ctx.set_materialize_grads(False)
 
@@ -315,7 +315,7 @@ def _backward(ctx, grad_out, grad_lse):
         grad_s = p * (g @ vw.repeat_interleave(group, 1).transpose(-1, -2) - delta)
         grad_v = (p.transpose(-1, -2) @ g).unflatten(1, (-1, group)).sum(2).to(v.dtype)
         grad_sinks = -delta
-    if grad_lse is not None:
+    if grad_lse is not None and ctx.return_lse:
         g = torch.where(lse == -torch.inf, torch.zeros_like(lse), grad_lse.to(wide).unsqueeze(-1))
         grad_s = grad_s + p * g
         grad_sinks = grad_sinks + g

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, contiguous_last, direct, register
+from tilewright.ops.registry import check_backend, contiguous_last, direct, record_reference, register
+from tilewright.ops.weight_rows import SPEC
 
 if TYPE_CHECKING:
     from tilewright.quant.weight import QuantizedWeight
@@ -39,16 +40,26 @@ def quantized_linear(
     check_backend(_OP, backend)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{_OP}: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    spec = weight.spec()
+    try:
+        spec, packed = weight.spec(), weight.packed
+    except AttributeError:
+        raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
+    if backend != "reference" and direct(x, packed, bias, out):
+        return _linear(x, packed, bias, *spec, activation, out)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
+    if out is not None:
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
+        if out.shape != (*x.shape[:-1], spec[0]):
+            raise ValueError(
+                f"{_OP}: out must be a float tensor of x's shape with {spec[0]} columns, got {tuple(out.shape)}"
+            )
     if backend == "reference":
         result = quantized_linear_reference(x, weight, bias, activation=activation).to(x.dtype)
-        _C.record(_OP, "reference")
-    elif direct(x, weight.packed, bias, out):
-        return _linear_cpu(x, weight.packed, bias, *spec, activation, out)
+        record_reference(_OP)
     else:
-        if out is not None and torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
-        result = torch.ops.tilewright.quantized_linear(x, weight.packed, bias, *spec, activation)
+        result = torch.ops.tilewright.quantized_linear(x, packed, bias, *spec, activation)
     return result if out is None else out.copy_(result)
 
 
@@ -78,7 +89,7 @@ def quantized_linear_reference(
     return out if bias is None else out + bias.double()
 
 
-def _linear_cpu(
+def _linear(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -96,11 +107,19 @@ def _linear_cpu(
         bias = bias.float().contiguous()
     if out is None:
         out = x.new_empty((*x.shape[:-1], n))
+    if k == 0 and x.dim() and x.shape[-1] == 0:  # an empty sum
+        return out.copy_(torch.zeros(n) if bias is None else bias)
     _C.linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out)
     return out
 
 
+def _linear_cpu(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation):
+    return _linear(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation)
+
+
 def _linear_fake(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation):
+    if x.device != packed.device:
+        raise ValueError(f"{_OP}: x is on device {x.device}, the weight on {packed.device}; move one with .to")
     if x.shape[-1] != k:
         raise ValueError(f"{_OP}: the last dimension of x must be {k}, got {tuple(x.shape)}")
     return x.new_empty((*x.shape[:-1], n))
@@ -114,28 +133,17 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (packed,) = ctx.saved_tensors
-    w = torch.ops.tilewright.dequantize_weight(packed, *ctx.spec)
+    rows = torch.arange(ctx.spec[0], device=packed.device)
+    w = torch.ops.tilewright.weight_rows(rows, packed, *ctx.spec)
     grad_x = (grad.float() @ w).to(ctx.x_dtype)
     grad_bias = None
     if ctx.bias_dtype is not None:
-        grad_bias = grad.sum(tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, *(None,) * 7
 
 
-def _dequantize_cpu(packed: Tensor, n: int, k: int, bits: int, group_size: int, offset: int, scale_bits: int) -> Tensor:
-    out = torch.empty(n, k)
-    _C.weight_rows(torch.arange(n), packed, n, k, bits, group_size, offset, scale_bits, out)
-    return out
-
-
-_SPEC = "int n, int k, int bits, int group_size, int offset, int scale_bits"
 register(
-    f"dequantize_weight(Tensor packed, {_SPEC}) -> Tensor",
-    _dequantize_cpu,
-    lambda packed, n, k, *_: packed.new_empty((n, k), dtype=torch.float32),
-)
-register(
-    f"quantized_linear(Tensor x, Tensor packed, Tensor? bias, {_SPEC}, str activation) -> Tensor",
+    f"quantized_linear(Tensor x, Tensor packed, Tensor? bias, {SPEC}, str activation) -> Tensor",
     _linear_cpu,
     _linear_fake,
     backward=_backward,

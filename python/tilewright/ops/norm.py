@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, register
+from tilewright.ops.registry import contiguous_last, direct, record_reference, register
 
 
 def rms_norm(
@@ -76,7 +76,7 @@ def _norm(
     op = "layer_norm" if centred else "rms_norm"
     x = contiguous_last(x)
     if x.dtype == torch.float64:
-        _C.record(op, "reference")
+        record_reference(op)
         return norm_reference(x, residual, weight, bias, eps, centred)
     out = torch.empty_like(x)
     total = None
@@ -104,6 +104,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x if residual is None else output[1], weight)
 
 
+def _sum_rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1]).sum(0)
+
+
 def _backward(ctx, grad_out, grad_total):
     total, weight = ctx.saved_tensors
     wide = total.double() if total.dtype == torch.float64 else total.float()
@@ -112,9 +116,8 @@ def _backward(ctx, grad_out, grad_total):
         wide = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
     normalised = wide * rstd
-    rows = tuple(range(grad.dim() - 1))
-    grad_weight = None if weight is None else (grad * normalised).sum(rows).to(weight.dtype)
-    grad_bias = None if ctx.bias_dtype is None else grad.sum(rows).to(ctx.bias_dtype)
+    grad_weight = None if weight is None else _sum_rows(grad * normalised).to(weight.dtype)
+    grad_bias = None if ctx.bias_dtype is None else _sum_rows(grad).to(ctx.bias_dtype)
     if weight is not None:
         grad = grad * weight.to(wide.dtype)
     grad_x = grad - normalised * (grad * normalised).mean(-1, keepdim=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from tilewright import _C
 
@@ -38,9 +40,26 @@ def register(
         torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def direct(*tensors: torch.Tensor | None) -> bool:
-    """Whether the direct path may be taken with these arguments."""
-    return not torch.compiler.is_compiling() and _C.direct(*tensors)
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether the direct path may be taken with these arguments.
+
+    Raises NotImplementedError for a forward-mode derivative, which no op has and the dispatcher would drop.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if _C.direct(*tensors):
+        return True
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError("tilewright: forward-mode derivatives are not supported; use reverse mode")
+    return False
+
+
+def record_reference(op: str) -> None:
+    """Note for `last_impl` that the reference served ``op``."""
+    if not torch.compiler.is_compiling():
+        _C.record(op, "reference")
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -53,7 +72,7 @@ def check_backend(op: str, backend: str) -> None:
         raise NotImplementedError(f"{op}: backend={backend!r} is not built yet; supported: reference, cpu")
 
 
-def contiguous_last(t: torch.Tensor) -> torch.Tensor:
+def contiguous_last(t: Tensor) -> Tensor:
     """``t`` itself if its last dimension is contiguous, else a contiguous copy: kernels never copy."""
     if t.dim() and t.stride(-1) == 1:
         return t

@@ -111,7 +111,7 @@ def quantize_(
     group_size: int = 32,
     *,
     activation: str = "int8",
-    skip: Iterable[str] = ("lm_head",),
+    skip: str | Iterable[str] = ("lm_head",),
     filter: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Replace every nn.Linear (and GPT-2's Conv1D) inside ``module`` by a QuantizedLinear, in place.
@@ -120,12 +120,12 @@ def quantize_(
     ``filter(submodule, name)`` is false. Subclasses of nn.Linear are left alone: their forward may differ. One
     layer is converted at a time. Returns ``module``.
     """
-    skipped = set(skip)
+    skipped = {skip} if isinstance(skip, str) else set(skip)
     if isinstance(module, nn.Linear):
         raise ValueError("quantize_: module is itself a Linear; use QuantizedLinear.from_linear")
     seen: dict[int, QuantizedLinear] = {}  # a module that is registered twice stays shared
     for parent_name, parent in list(module.named_modules(remove_duplicate=True)):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() hides second names
             full = f"{parent_name}.{name}" if parent_name else name
             if (type(child) is not nn.Linear and not _is_conv1d(child)) or full in skipped or name in skipped:
                 continue

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
+from tilewright.ops.weight_rows import weight_rows
 
 OFFSETS = ("none", "zero", "min")
 GROUP_SIZES = (32, 64, 128, -1)
@@ -50,6 +51,9 @@ class QuantizedWeight:
 
     def spec(self) -> tuple[int, int, int, int, int, int]:
         """The numbers that describe `packed` to a kernel: n, k, bits, group_size, offset kind, scale bits."""
+        # DLPack hands torch.uint4 out as bytes, so a kernel cannot tell.
+        if self.packed.dtype is not torch.uint8:
+            raise ValueError(f"QuantizedWeight: packed must be uint8, got {self.packed.dtype}")
         return (*self.shape, self.bits, self.group_size, OFFSETS.index(self.offset), self.scale_bits)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
@@ -60,19 +64,19 @@ class QuantizedWeight:
         """Dequantised rows: float32 (*index.shape, K) for int64 ``index`` in [0, N)."""
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"QuantizedWeight.rows: index must be int64 or int32, got {index.dtype}")
-        flat = index.reshape(-1).to(torch.int64)
-        out = torch.empty(flat.shape[0], self.shape[1])
-        _C.weight_rows(flat, self.packed, *self.spec(), out)
-        return out.view(*index.shape, self.shape[1])
+        flat = index.reshape(-1).to(torch.int64).contiguous()
+        return weight_rows(flat, self.packed, self.spec()).view(*index.shape, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight, (N, K)."""
-        return self.rows(torch.arange(self.shape[0])).to(dtype)
+        return self.rows(torch.arange(self.shape[0], device=self.device)).to(dtype)
 
     @staticmethod
     def concat(parts: list[QuantizedWeight]) -> QuantizedWeight:
         """The rows of ``parts`` one below the other. All parts share format and K, and all but the last have a
         multiple of 32 rows."""
+        if not parts:
+            raise ValueError("QuantizedWeight.concat: expected at least one weight, got none")
         first = parts[0]
         for i, p in enumerate(parts):
             if p.spec()[1:] != first.spec()[1:]:
@@ -163,17 +167,18 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
         scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / top
+        scale = high / top - low / top  # high - low may overflow, and so may scale * top
+        scale = scale.clamp(max=torch.finfo(torch.float32).max * (1 - 1e-6) / top)
     nonzero = scale[scale > 0]
     if nonzero.numel() and float(nonzero.min()) >= _FP16_MIN_NORMAL and float(nonzero.max()) <= _FP16_MAX:
         scale = scale.half().float()
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)).unsqueeze(-1)
+    step = torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)).unsqueeze(-1)  # no step: all codes 0
     zeros = None
     if symmetric:
-        codes = (grouped * inverse).round_().add_(2 ** (bits - 1)).clamp_(1, top)
+        codes = (grouped / step).round_().add_(2 ** (bits - 1)).clamp_(1, top)
     else:
-        zero = (-low * inverse.squeeze(-1)).round().clamp(0, top)
-        codes = (grouped * inverse).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
+        zero = (-low / step.squeeze(-1)).round().clamp(0, top)
+        codes = (grouped / step).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
         zeros = zero.to(torch.uint8)
     codes = codes.to(torch.uint8).reshape(n, groups * size)[:, :k]
     return pack(codes, scale, zeros, bits, group_size, "none" if symmetric else "zero")
