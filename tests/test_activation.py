@@ -135,6 +135,8 @@ REJECTED: list[tuple[type[Exception], str, Callable[[], object]]] = [
      lambda: tilewright.silu_mul(torch.ones(3).long(), torch.ones(3).long())),
     (ValueError, 'gelu_mul: approximate must be "none" or "tanh", got \'erf\'',
      lambda: tilewright.gelu_mul(torch.ones(3), torch.ones(3), "erf")),
+    (ValueError, "gelu_mul: all tensors must be on one device, got gate on cpu, up on meta",
+     lambda: tilewright.gelu_mul(torch.ones(3), torch.ones(3, device="meta"))),
     (ValueError, "activation must be silu, gelu or gelu_tanh",
      lambda: torch.ops.tilewright.act_mul(torch.ones(3), torch.ones(3), "relu")),
 ]  # fmt: skip
