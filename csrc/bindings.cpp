@@ -176,6 +176,12 @@ PYBIND11_MODULE(_C, m) {
     launch([&] { weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out); });
   });
 
+  m.def("ceiling", [](const std::string& kind, const TensorView& data, int64_t iterations) {
+    double rate = 0;
+    launch([&] { rate = ceiling(kind, data, iterations); });
+    return rate;
+  });
+
   m.def("attention",
         [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
            const TensorView& bias, const TensorView& alibi, const TensorView& sinks,

@@ -54,4 +54,8 @@ void kv_append(const TensorView& cache_k, const TensorView& cache_v, const Tenso
 void sample(const TensorView& logits, const TensorView& uniform, const TensorView& out, double temperature,
             int64_t top_k, double top_p, double min_p);
 
+// What the machine can do at most with num_threads(), a second: bytes read from `data` (kind "read"; uint8, a
+// multiple of 1024), or operations ("fp32", "bf16", "int8"; data absent). See cpu/kernels/ceilings.cpp.
+double ceiling(const std::string& kind, const TensorView& data, int64_t iterations);
+
 }  // namespace tilewright

@@ -94,14 +94,14 @@ struct LinearArgs {
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
 // x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
-// asked), or bf16 with columns (0, 2, 1, 3) of each 4, and the sums of each 32.
+// asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each 32.
 struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0;
   bool round_bf16 = false;
   void* out = nullptr;
-  float* sums = nullptr;  // bf16 only: [m][k_blocks]
+  float* sums = nullptr;  // [m][k_blocks]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 
@@ -212,6 +212,10 @@ using SampleGatherKernel = void (*)(const SampleArgs&, int64_t row, const float*
 using SampleWeightsKernel = void (*)(const SampleArgs&, int64_t row, int64_t begin, int64_t end, float max,
                                      float temperature, float* weights, float* sum);
 
+// Probes of the machine's limits, for the benches.
+using PeakKernel = void (*)(int64_t iterations, double& operations);
+using ReadKernel = void (*)(const uint8_t* data, int64_t bytes, int64_t passes);
+
 #define TW_DECLARE(op, ...)      \
   void op##_scalar __VA_ARGS__;  \
   void op##_avx2 __VA_ARGS__;    \
@@ -237,5 +241,9 @@ TW_DECLARE(sample_max, (const SampleArgs&, float*, int64_t, int64_t))
 TW_DECLARE(sample_gather,
            (const SampleArgs&, int64_t, const float*, int64_t, int64_t, float, float*, int32_t*, int64_t*))
 TW_DECLARE(sample_weights, (const SampleArgs&, int64_t, int64_t, int64_t, float, float, float*, float*))
+TW_DECLARE(ceiling_fp32, (int64_t, double&))
+TW_DECLARE(ceiling_bf16, (int64_t, double&))
+TW_DECLARE(ceiling_int8, (int64_t, double&))
+TW_DECLARE(ceiling_read, (const uint8_t*, int64_t, int64_t))
 
 }  // namespace tilewright

@@ -54,6 +54,17 @@ Table make() {
   t.sample_weights = pick<SampleWeightsKernel>({{sample_weights_scalar, Isa::scalar},
                                                 {sample_weights_avx2, Isa::avx2},
                                                 {sample_weights_avx512, Isa::avx512}});
+#define TW_CEILING(op, Kernel)                       \
+  t.op = pick<Kernel>({{op##_scalar, Isa::scalar},   \
+                       {op##_avx2, Isa::avx2},       \
+                       {op##_avxvnni, Isa::avxvnni}, \
+                       {op##_avx512, Isa::avx512},   \
+                       {op##_avx512bf16, Isa::avx512bf16}});
+  TW_CEILING(ceiling_fp32, PeakKernel)
+  TW_CEILING(ceiling_bf16, PeakKernel)
+  TW_CEILING(ceiling_int8, PeakKernel)
+  TW_CEILING(ceiling_read, ReadKernel)
+#undef TW_CEILING
   return t;
 }
 

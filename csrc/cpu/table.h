@@ -29,6 +29,8 @@ struct Table {
   Entry<SampleMaxKernel> sample_max;
   Entry<SampleGatherKernel> sample_gather;
   Entry<SampleWeightsKernel> sample_weights;
+  Entry<PeakKernel> ceiling_fp32, ceiling_bf16, ceiling_int8;
+  Entry<ReadKernel> ceiling_read;
 };
 
 const Table& table();

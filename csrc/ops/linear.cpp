@@ -115,7 +115,9 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   }
   record(kOp, table().linear_f32.isa);
   if (m == 0) return;
-  p.out = scratch(Scratch::operands, m * kp * 4);
+  auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp + k_blocks) * 4));
+  p.out = memory;
+  a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * 4);
   parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().prepare_f32.fn(p, begin, end); });
   a.x = p.out;
   const int64_t chunk = row_chunk(512 * 4);

@@ -90,9 +90,12 @@ def attention_cached(
     end of that range. The result for a batch element does not depend on its padding."""
     tensors = (q, k, v, None, None, None, None, k_start, k_end)
     options = (scale, 0.0, CAUSAL.index("bottom_right"), left, -1)
-    if direct(*tensors):
-        return _attention_cpu(*tensors, *options, False)[0]
-    return torch.ops.tilewright.attention(*tensors, *options, False)[0]
+    if not direct(*tensors):
+        return torch.ops.tilewright.attention(*tensors, *options, False)[0]
+    # (batch, seq, heads, v_dim) in memory: the output projection reads it without a copy.
+    batch, heads, seq, _ = q.shape
+    out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
+    return _attention_cpu(*tensors, *options, False, out)[0]
 
 
 def scaled_dot_product_attention(

@@ -1,0 +1,1 @@
+"""Reading model files: GGUF, safetensors, Hugging Face folders, tokenizers; downloading known models."""

@@ -1,0 +1,63 @@
+"""Ops bound to fixed tensors: each function returns a call without arguments that overwrites `out`.
+
+A public op takes some microseconds to look at its arguments, find out whether the dispatcher may be passed by,
+and allocate its result. A decoding step makes the same ten calls a layer on the same buffers each time, so all
+that is done once, here; what remains of a call is the binding's own microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from tilewright import _C
+from tilewright.ops.attention import CAUSAL
+from tilewright.quant import QuantizedLinear
+
+Call = Callable[[], object]
+
+
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor | None) -> Call:
+    """out = rms_norm(x + residual), total = x + residual; with residual and total None, out = rms_norm(x)."""
+    return partial(_C.norm, "rms_norm", x, residual, weight, None, out, total, eps, False)
+
+
+def linear(x: Tensor, module: nn.Module, out: Tensor) -> Call:
+    """out = module(x), for a module of `models.linear`."""
+    if isinstance(module, QuantizedLinear):
+        weight = module.weight
+        return partial(_C.linear, x, weight.packed, *weight.spec(), module.bias, module.activation, out)
+    return lambda: out.copy_(module(x))
+
+
+def embedding(ids: Tensor, matrix: nn.Module, out: Tensor) -> Call:
+    """out = rows `ids` (int64 (n,)) of the matrix, out: fp32 (n, hidden)."""
+    if isinstance(matrix, QuantizedLinear):
+        weight = matrix.weight
+        return partial(_C.weight_rows, ids, weight.packed, *weight.spec(), out)
+    return lambda: out.copy_(matrix.weight[ids])
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, dim: int | None) -> Call:
+    """Rotate q and k in place."""
+    return partial(_C.rope, q, k, cos, sin, positions, q, k, interleaved, dim)
+
+
+def kv_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Call:
+    """Write k and v into the rows `rows` of the cache."""
+    return partial(_C.kv_append, keys, values, k, v, rows, None, None)
+
+
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, end: Tensor, scale: float, left: int, out: Tensor
+) -> Call:
+    """out = `attention_cached`."""
+    options = (scale, 0.0, CAUSAL.index("bottom_right"), left, -1)
+    return partial(_C.attention, q, keys, values, None, None, None, None, start, end, *options, out, None)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Call:
+    """out = silu(gate) * up."""
+    return partial(_C.act_mul, gate, up, out, "silu")

@@ -1,0 +1,338 @@
+"""The thread team: same bits with any number of threads, no hang, and right beside forks, Python threads, exceptions,
+torch's own pool and the interpreter's end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from compare import assert_same_bits
+from fresh import run_fresh
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import tilewright
+from tilewright import _C, attention, quantize_weight, quantized_linear
+
+WEIGHT = quantize_weight(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(autouse=True)
+def _limits() -> Iterator[None]:
+    """A hang is a failure; and the next test follows torch again."""
+
+    def hung(*_: object) -> None:
+        raise TimeoutError("the test hung")
+
+    before, threads = signal.signal(signal.SIGALRM, hung), torch.get_num_threads()
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    torch.set_num_threads(threads)
+    _C.set_num_threads(0)
+
+
+def work(seed: int = 0) -> tuple[Tensor, ...]:
+    """Calls that use the team in each of its ways: ranges, tasks, decode and merge, prefill."""
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(1, 8, 70, 32, generator=g), torch.randn(1, 4, 600, 32, generator=g)
+    x = torch.randn(40, 256, generator=g)
+    return (
+        attention(q, k, k, causal="bottom_right"),
+        attention(q[:, :, :2], k, k, causal="bottom_right"),
+        quantized_linear(x, WEIGHT),
+        quantized_linear(x[:1], WEIGHT, activation="fp32"),
+    )
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_any_number_of_threads(same_bits: Callable) -> None:
+    first = same_bits(work)
+    for threads in (8, 1, 3, 2, 64) * 5:  # growing and shrinking between calls
+        tilewright.set_num_threads(threads)
+        assert same(work(), first)
+
+
+def test_many_small_jobs_do_not_hang() -> None:
+    """Jobs of a few microseconds, one after the other and with pauses in which workers fall asleep."""
+    x, expected = torch.randn(9, 256), None
+    for threads in (2, 3, 8):
+        tilewright.set_num_threads(threads)
+        for i in range(1500):
+            out = quantized_linear(x, WEIGHT)
+            expected = out if expected is None else expected
+            if i % 100 == 0:
+                assert torch.equal(out, expected)
+                time.sleep(0.001)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_many_python_threads_at_once(threads: int) -> None:
+    tilewright.set_num_threads(threads)
+    expected = [work(seed) for seed in range(4)]
+    wrong, start = [], threading.Barrier(6)
+
+    def run(index: int) -> None:
+        start.wait()
+        for i in range(15):
+            seed = (index + i) % 4
+            if not same(work(seed), expected[seed]):
+                wrong.append((index, i))
+
+    callers = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_python_threads_that_come_and_go() -> None:
+    """Each thread leaves its scratch memory and its place behind; the process must not grow by them."""
+    tilewright.set_num_threads(3)
+    expected, results = work(), []
+
+    def run() -> None:
+        results.append(same(work(), expected))
+
+    counts = []
+    for _ in range(40):
+        caller = threading.Thread(target=run)
+        caller.start()
+        caller.join()
+        counts.append(len(os.listdir("/proc/self/task")))
+    assert results == [True] * 40
+    assert max(counts[5:]) <= counts[4] + 1, "threads pile up"
+
+
+def in_fork(function: Callable[[], bool]) -> int:
+    """Exit status of a forked child that runs ``function``."""
+    child = os.fork()
+    if child == 0:
+        status = 3
+        try:
+            signal.alarm(30)
+            status = 0 if function() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_fork() -> None:
+    """A child starts its own workers, with any number of threads; so does its own child; the parent goes on."""
+    expected = work()
+    for threads in (1, 2, 3, 8):
+        tilewright.set_num_threads(threads)
+        assert same(work(), expected)
+        for _ in range(3):
+            assert in_fork(lambda: same(work(), expected) and same(work(), expected)) == 0
+        assert in_fork(lambda: same(work(), expected) and in_fork(lambda: same(work(), expected)) == 0) == 0
+        assert same(work(), expected)
+
+
+def test_fork_while_other_threads_use_the_team() -> None:
+    tilewright.set_num_threads(2)
+    expected, stop = work(), threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            work()
+
+    callers = [threading.Thread(target=busy) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        statuses = [in_fork(lambda: torch.equal(quantized_linear(X, WEIGHT), EXPECTED)) for _ in range(10)]
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert statuses == [0] * 10
+    assert same(work(), expected)
+
+
+X = torch.randn(9, 256, generator=torch.Generator().manual_seed(2))
+EXPECTED = quantized_linear(X, WEIGHT)
+
+
+class Quantised(Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        return quantized_linear(X + index * 0, WEIGHT)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_loader_workers(workers: int) -> None:
+    tilewright.set_num_threads(2)
+    quantized_linear(X, WEIGHT)  # the team exists before the fork
+    context = multiprocessing.get_context("fork") if workers else None
+    for batch in DataLoader(Quantised(), batch_size=4, num_workers=workers, multiprocessing_context=context):
+        assert torch.equal(batch, EXPECTED.expand(4, -1, -1))
+
+
+def test_after_an_exception() -> None:
+    """Bad input raises on the calling thread and leaves the team usable, many times over."""
+    tilewright.set_num_threads(3)
+    expected = work()
+    q = torch.randn(1, 2, 40, 16)
+    for _ in range(20):
+        with pytest.raises(ValueError):
+            quantized_linear(torch.randn(3, 255), WEIGHT)
+        with pytest.raises(ValueError):
+            attention(q, q, q, mask=torch.ones(3, 3, dtype=torch.bool))
+        with pytest.raises(IndexError):
+            WEIGHT.rows(torch.tensor([512]))
+        with pytest.raises(NotImplementedError):
+            attention(*[torch.zeros(1, 1, 1, 600)] * 3)
+    assert same(work(), expected)
+
+
+def test_between_torch_ops() -> None:
+    """torch's pool and ours in turn, both with workers that may still spin."""
+    torch.set_num_threads(2)
+    expected = work()
+    a = torch.randn(300, 300)
+    product = a @ a
+    for _ in range(30):
+        assert torch.equal(a @ a, product)
+        assert same(work(), expected)
+    for threads in (1, 2):  # ours follows
+        torch.set_num_threads(threads)
+        assert tilewright.get_num_threads() == min(threads, _C.usable_cpus())
+        assert same(work(), expected)
+
+
+def test_calls_from_inside_torch_functions() -> None:
+    """A backward runs on autograd's own threads, a hook calls an op inside another op's backward."""
+    tilewright.set_num_threads(2)
+    x = X.clone().requires_grad_()
+    inner = []
+    out = quantized_linear(x, WEIGHT)
+    out.register_hook(lambda grad: inner.append(quantized_linear(X, WEIGHT)))
+    out.sum().backward()
+    assert torch.equal(inner[0], EXPECTED) and x.grad.shape == x.shape
+
+
+def test_number_of_threads() -> None:
+    usable = _C.usable_cpus()
+    assert 1 <= usable <= len(os.sched_getaffinity(0))
+    if "TILEWRIGHT_NUM_THREADS" not in os.environ:
+        for threads in (1, 2, 64):
+            torch.set_num_threads(threads)
+            assert tilewright.get_num_threads() == min(threads, usable)
+    tilewright.set_num_threads(5)
+    torch.set_num_threads(1)
+    assert tilewright.get_num_threads() == 5
+    for bad in (0, -1, 1025, 2.0, "2", True, None):
+        with pytest.raises(ValueError, match="whole number from 1 to 1024"):
+            tilewright.set_num_threads(bad)
+    assert tilewright.get_num_threads() == 5
+
+
+SAY = "import tilewright, torch; torch.set_num_threads({}); print(tilewright.get_num_threads())"
+
+
+def test_environment_variable() -> None:
+    good = {"1": 1, "3": 3, "1024": 1024, "": 1}
+    bad = ("0", "-1", "1025", "two", "2x", "2.0", " ", "99999999999999999999")
+    results = run_fresh(*(({"TILEWRIGHT_NUM_THREADS": value}, SAY.format(1)) for value in (*good, *bad)))
+    for value, result in zip(good, results, strict=False):
+        assert (result.status, result.output.strip()) == (0, str(good[value])), value
+    for value, result in zip(bad, results[len(good) :], strict=True):
+        last = result.output.strip().splitlines()[-1]
+        assert result.status == 1 and "TILEWRIGHT_NUM_THREADS must be a whole number from 1 to 1024, got " in last, (
+            value
+        )
+        assert f'"{value}"' in last and last.startswith(("ImportError", "ValueError"))
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset (util-linux)")
+def test_affinity_bounds_the_threads() -> None:
+    cpu = str(min(os.sched_getaffinity(0)))
+    code = "from tilewright import _C\nimport tilewright, torch\ntorch.set_num_threads(8)\n" + WORKS
+    (result,) = run_fresh(({}, code), prefix=("taskset", "-c", cpu))
+    assert (result.status, result.output.split()) == (0, ["1", "1", "True"]), result.output
+
+
+# Prints the usable cores, the threads in use, and whether two runs agree.
+WORKS = """
+def run():
+    q = torch.ones(1, 4, 100, 16)
+    return tilewright.attention(q, q, q)
+first = run()
+print(_C.usable_cpus(), tilewright.get_num_threads(), torch.equal(first, run()))
+"""
+
+# Hides the machine's cgroup files behind its own, in a mount namespace that ends with the process.
+_QUOTA = """
+mount -t tmpfs none /sys/fs/cgroup || exit 77
+mkdir -p "/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)"
+exec "$@"
+"""
+_SET_QUOTA = """
+group = next((line[3:].strip() for line in open("/proc/self/cgroup") if line.startswith("0::")), "/")
+open("/sys/fs/cgroup" + group + "/cpu.max", "w").write("{}\\n")
+from tilewright import _C
+import tilewright, torch
+torch.set_num_threads(64)
+"""
+
+
+def test_cgroup_quota_bounds_the_threads() -> None:
+    command = ("unshare", "-m", "sh", "-c", "mount -t tmpfs none /sys/fs/cgroup")
+    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own (CAP_SYS_ADMIN), to show a cgroup quota")
+    here = len(os.sched_getaffinity(0))
+    quotas = {"100000 100000": 1, "50000 100000": 1, "150000 100000": 2, "max 100000": here, "": here, "1": here}
+    jobs = (({}, _SET_QUOTA.format(quota) + WORKS) for quota in quotas)
+    results = run_fresh(*jobs, prefix=("unshare", "-m", "sh", "-c", _QUOTA, "sh"))
+    for (quota, cpus), result in zip(quotas.items(), results, strict=True):
+        expected = str(min(cpus, here))
+        assert (result.status, result.output.split()) == (0, [expected, expected, "True"]), (quota, result.output)
+
+
+def test_exit_while_workers_spin() -> None:
+    """The interpreter ends right after a call, with workers awake, and calls once more on its way."""
+    code = """
+import atexit, sys, torch, tilewright
+tilewright.set_num_threads({})
+q = torch.ones(1, 8, 100, 32)
+out = tilewright.attention(q, q, q)
+atexit.register(lambda: print(torch.equal(tilewright.attention(q, q, q), out), flush=True))
+sys.exit(0)
+"""
+    for result in run_fresh(*(({}, code.format(threads)) for threads in (1, 2, 8))):
+        assert (result.status, result.output.strip()) == (0, "True")
+
+
+def test_bits_of_a_decode_step_beside_a_busy_machine() -> None:
+    """More callers and threads than cores: timing decides who computes what, never what is computed."""
+    q, k = torch.randn(3, 6, 1, 64), torch.randn(3, 2, 900, 64)
+    tilewright.set_num_threads(1)
+    expected = attention(q, k, k)
+    tilewright.set_num_threads(8)
+    stop = threading.Event()
+    other = threading.Thread(
+        target=lambda: [torch.ones(200, 200) @ torch.ones(200, 200) for _ in iter(stop.is_set, True)]
+    )
+    other.start()
+    try:
+        for _ in range(100):
+            assert_same_bits(attention(q, k, k), expected)
+    finally:
+        stop.set()
+        other.join()
