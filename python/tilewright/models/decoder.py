@@ -228,7 +228,8 @@ class CausalLM(nn.Module):
         self._reserve(1, ids.shape[0], cache)
         tables = self.rope.upto(cache.length + 1)
         if cache.step is None or not cache.step.fits(self, cache, tables):
-            cache.step = DecodeStep(self, cache, tables)
+            with torch.inference_mode(False):  # its buffers also serve later calls outside that mode
+                cache.step = DecodeStep(self, cache, tables)
         return cache.step
 
     def _reserve(self, tokens: int, batch: int, cache: DynamicCache) -> None:

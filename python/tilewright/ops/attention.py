@@ -61,19 +61,21 @@ def attention(
     left, right = (-1, -1) if window is None else window
     if mask is not None and mask.dtype != torch.bool:
         bias, mask = mask if bias is None else bias + mask, None
-    if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
+    if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
-    _check_shapes(q, k, v)
-    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    if scale is None:
+        scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, None, None)
-    options = (scale, softcap or 0.0, CAUSAL.index(causal), int(left), int(right))
+    options = (scale, softcap or 0.0, CAUSAL.index(causal), left, right)
+    if backend != "reference" and direct(*tensors, out):
+        # The kernel's own checks serve this path.
+        result, lse = _attention(*tensors, *options, return_lse, out)
+        return (result, lse) if return_lse else result
+    _check_shapes(q, k, v)
     if backend == "reference":
         wide, lse = _reference(*tensors, *options)
-        result = wide.to(q.dtype)
+        result, lse = wide.to(q.dtype), lse.float()
         _C.record(_OP, "reference")
-    elif direct(*tensors, out):
-        result, lse = _attention_cpu(*tensors, *options, return_lse, out)
-        return (result, lse) if return_lse else result
     else:
         if out is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
@@ -95,7 +97,7 @@ def attention_cached(
     # (batch, seq, heads, v_dim) in memory: the output projection reads it without a copy.
     batch, heads, seq, _ = q.shape
     out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
-    return _attention_cpu(*tensors, *options, False, out)[0]
+    return _attention(*tensors, *options, False, out)[0]
 
 
 def scaled_dot_product_attention(
@@ -114,11 +116,11 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True")
-    if min(query.dim(), key.dim(), value.dim()) < 2:
+    dims = query.dim()
+    if dims < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError("scaled_dot_product_attention: query, key and value must have at least 2 dimensions")
-    lead = query.shape[:-3] if query.dim() > 3 else ()
-    q, k, v = (_four_dims(t) for t in (query, key, value))
-    if not enable_gqa and not (q.shape[1] == k.shape[1] == v.shape[1]):
+    q, k, v = _four_dims(query), _four_dims(key), _four_dims(value)
+    if not enable_gqa and not q.size(1) == k.size(1) == v.size(1):
         raise ValueError(
             "scaled_dot_product_attention: query, key and value must have the same number of heads, got "
             f"{q.shape[1]}, {k.shape[1]}, {v.shape[1]}; enable_gqa=True lets groups of heads share a key head"
@@ -126,14 +128,15 @@ def scaled_dot_product_attention(
     mask = attn_mask
     if mask is not None and mask.dim() > 4:
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
-    elif mask is not None and query.dim() == 3 and mask.dim() == 3:
+    elif mask is not None and dims == 3 and mask.dim() == 3:
         mask = mask.unsqueeze(0)
-    out = attention(q, k, v, causal="top_left" if is_causal else None, mask=mask, scale=scale, dropout_p=dropout_p)
-    if query.dim() == 4:
+    causal = "top_left" if is_causal else None
+    out = attention(q, k, v, causal=causal, mask=mask, scale=scale, dropout_p=dropout_p)
+    if dims == 4:
         return out
-    if query.dim() == 2:
+    if dims == 2:
         return out[0, 0]
-    return out[0] if query.dim() == 3 else out.unflatten(0, lead)
+    return out[0] if dims == 3 else out.unflatten(0, query.shape[:-3])
 
 
 def _four_dims(t: Tensor) -> Tensor:
@@ -241,61 +244,47 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _attention_cpu(
-    q,
-    k,
-    v,
-    mask,
-    bias,
-    alibi,
-    sinks,
-    k_start,
-    k_end,
-    scale,
-    softcap,
-    causal,
-    left,
-    right,
-    return_lse,
-    out=None,
+def _attention(
+    q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse, out=None
 ):
-    if q.dtype == torch.float64 or k.dtype == torch.float64:
+    """(out, lse or None) from the kernel; float64 runs the reference."""
+    if q.dtype is torch.float64 or k.dtype is torch.float64:
+        _check_shapes(q, k, v)
         _C.record(_OP, "reference")
         wide, lse = _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
         wide = wide.to(q.dtype)
         return (wide if out is None else out.copy_(wide)), lse.float()
     q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
-    if bias is not None and bias.dtype == torch.float64:
+    if bias is not None and bias.dtype is torch.float64:
         bias = bias.float()
-    alibi = None if alibi is None else alibi.float().contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
-    shape = (*q.shape[:3], v.shape[3])
-    result = q.new_empty(shape) if out is None else out
-    lse = torch.empty(shape[:3] if return_lse else (0,), dtype=torch.float32)
-    _C.attention(
-        q,
-        k,
-        v,
-        mask,
-        bias,
-        alibi,
-        sinks,
-        k_start,
-        k_end,
-        scale,
-        softcap,
-        causal,
-        left,
-        right,
-        result,
-        lse if return_lse else None,
+    if alibi is not None:
+        alibi = alibi.float().contiguous()
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    if out is None:
+        out = _empty_out(q, v)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    _C.attention(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, out, lse)
+    return out, lse
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the result, laid out as q where the shapes agree."""
+    if q.dim() == 4 and v.dim() == 4 and q.size(3) != v.size(3):
+        return q.new_empty((*q.shape[:3], v.size(3)))
+    return torch.empty_like(q)
+
+
+def _attention_cpu(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse):
+    out, lse = _attention(
+        q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse
     )
-    return result, lse
+    return out, torch.empty(0) if lse is None or not return_lse else lse
 
 
 def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse):
-    shape = (*q.shape[:3], v.shape[3])
-    return q.new_empty(shape), q.new_empty(shape[:3] if lse else (0,), dtype=torch.float32)
+    out = _empty_out(contiguous_last(q), v)
+    return out, q.new_empty(q.shape[:3] if lse else (0,), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

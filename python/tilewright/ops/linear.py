@@ -94,9 +94,10 @@ def _linear_cpu(
     x = contiguous_last(x)
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    result = x.new_empty((*x.shape[:-1], n)) if out is None else out
-    _C.linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, result)
-    return result
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], n))
+    _C.linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out)
+    return out
 
 
 def _linear_fake(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation):

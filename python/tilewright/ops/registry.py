@@ -53,6 +53,8 @@ def check_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 def check_backend(op: str, backend: str) -> None:
     """Raise unless ``backend`` names an implementation that this op has in this build."""
+    if backend == "auto":
+        return
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in ("cuda", "triton"):
