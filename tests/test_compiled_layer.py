@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tilewright
 import torch
 from torch import Tensor
+
+import tilewright
 
 
 def layer(x: Tensor, qkv: Tensor, cache_k: Tensor, cache_v: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:

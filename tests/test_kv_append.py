@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import tilewright
 import torch
 from buffers import assert_padding_intact, poisoned
 from compare import assert_same_bits
-from tilewright.ops.kv_append import kv_append_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.kv_append import kv_append_reference
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import tilewright
 import torch
 from buffers import assert_padding_intact, poisoned
 from compare import assert_close, assert_same_bits
-from tilewright.ops.rope import rope_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.rope import rope_reference
 
 
 @dataclass(frozen=True)
