@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import tilewright
 import torch
 from compare import assert_same_bits
-from tilewright import _C
 from torch import Tensor
+
+import tilewright
+from tilewright import _C
 
 THREADS = (1, 2, 3, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

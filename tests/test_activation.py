@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import tilewright
 import torch
 from buffers import poisoned
 from compare import assert_close, assert_same_bits
-from tilewright.ops.activation import gelu_mul_reference, silu_mul_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.activation import gelu_mul_reference, silu_mul_reference
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ REJECTED: list[tuple[type[Exception], str, Callable[[], object]]] = [
      lambda: tilewright.silu_mul(torch.ones(3).long(), torch.ones(3).long())),
     (ValueError, 'gelu_mul: approximate must be "none" or "tanh", got \'erf\'',
      lambda: tilewright.gelu_mul(torch.ones(3), torch.ones(3), "erf")),
+    (ValueError, "gelu_mul: all tensors must be on one device, got gate on cpu, up on meta",
+     lambda: tilewright.gelu_mul(torch.ones(3), torch.ones(3, device="meta"))),
     (ValueError, "activation must be silu, gelu or gelu_tanh",
      lambda: torch.ops.tilewright.act_mul(torch.ones(3), torch.ones(3), "relu")),
 ]  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import tilewright
 import torch
 from buffers import assert_padding_intact, poisoned
 from compare import assert_same_bits
-from tilewright.ops.kv_append import kv_append_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.kv_append import kv_append_reference
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ REJECTED: list[tuple[str, dict[str, object]]] = [
     ("k must be float32, bfloat16 or float16, got int64", {"k": torch.ones(2, 3, 4, 16).long()}),
     ("cache_v must be float32", {"cache_v": torch.zeros(2, 3, 8, 16).char()}),
     ("cache_k must be contiguous in its last dimension", {"cache_k": torch.zeros(2, 3, 16, 8).transpose(2, 3)}),
+    ("all tensors must be on one device", {"v": torch.empty(2, 3, 4, 16, device="meta")}),
     ("caches must not share memory", same_memory()),
     ("caches must not share memory", {"cache_k": torch.zeros(1, 3, 8, 16).expand(2, 3, 8, 16)}),
     ("k and v must not share memory with the caches", moved_within()),

@@ -6,12 +6,13 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
-import tilewright
 import torch
 from buffers import poisoned
 from compare import assert_close
-from tilewright.ops.norm import layer_norm_reference, norm_reference, rms_norm_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.norm import layer_norm_reference, norm_reference, rms_norm_reference
 
 
 @dataclass(frozen=True)

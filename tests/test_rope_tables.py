@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tilewright
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import tilewright
 
 FACTORS = {"short_factor": [1 + i / 16 for i in range(16)], "long_factor": [1.5 + i for i in range(16)]}
 MAX = 256

@@ -7,12 +7,13 @@ import math
 from unittest import mock
 
 import pytest
-import tilewright
 import torch
 from buffers import poisoned
-from tilewright.ops.sample import sample_reference
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import tilewright
+from tilewright.ops.sample import sample_reference
 
 PLAIN: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 FILTERS: list[dict[str, float]] = [

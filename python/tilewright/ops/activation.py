@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, register
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ def gelu_mul_reference(gate: Tensor, up: Tensor, approximate: str = "none") -> T
 def _act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if direct(gate, up):
         return _act_mul_cpu(gate, up, activation)
+    check_device("silu_mul" if activation == "silu" else "gelu_mul", gate=gate, up=up)
     return torch.ops.tilewright.act_mul(gate, up, activation)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, register
 
 
 def kv_append(
@@ -39,6 +39,8 @@ def kv_append(
     if direct(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
         _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
         return cache_k, cache_v
+    check_device("kv_append", cache_k=cache_k, cache_v=cache_v, k=k, v=v, positions=positions)
+    check_device("kv_append", cache_k=cache_k, block_table=block_table, cache_seqlens=cache_seqlens)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cache_k, cache_v, k, v)):
         raise ValueError("kv_append: writes in place and has no gradient; detach the tensors or use no_grad")
     torch.ops.tilewright.kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)

@@ -62,6 +62,14 @@ def record_reference(op: str) -> None:
         _C.record(op, "reference")
 
 
+def check_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise unless all tensors are on one device (the dispatcher lets a meta tensor pass among others)."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+
+
 def check_backend(op: str, backend: str) -> None:
     """Raise unless ``backend`` names an implementation that this op has in this build."""
     if backend == "auto":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, register
 
 
 def rope(
@@ -38,6 +38,7 @@ def rope(
             return _rope_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
         _rope_inplace_cpu(q, k, cos, sin, positions, interleaved, rotary_dim)
         return q, k
+    check_device("rope", q=q, k=k, cos=cos, sin=sin, positions=positions)
     if torch.is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
             raise NotImplementedError("rope: cos and sin have no gradient; detach them")
