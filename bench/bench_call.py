@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tilewright
 import torch
+
+import tilewright
 from tilewright import _C
 from tilewright.quant import quantize_weight
 

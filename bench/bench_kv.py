@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tilewright.ops import kv_append
 from torch import Tensor
+
+from tilewright.ops import kv_append
 
 from . import main
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest

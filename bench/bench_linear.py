@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tilewright
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import tilewright
 from tilewright.ops.linear import quantized_linear_reference
 from tilewright.quant import QuantizedWeight, from_gguf, quantize_weight
-from torch import Tensor
 
 from . import main
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tilewright
 import torch
 import torch.nn.functional as F
-from tilewright.ops.norm import norm_reference
 from torch import Tensor
+
+import tilewright
+from tilewright.ops.norm import norm_reference
 
 from . import main
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest

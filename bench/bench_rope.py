@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tilewright.ops import rope, rope_tables
 from tilewright.ops.rope import rope_reference
-from torch import Tensor
 
 from . import main
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest

@@ -10,6 +10,7 @@ import functools
 import sys
 
 import torch
+
 from tilewright import _C
 
 from .machine import threads

@@ -50,8 +50,9 @@ def _torch_threads(threads: int) -> None:
 
 
 def _tilewright(model: str, threads: int) -> Run:
-    import tilewright
     import torch
+
+    import tilewright
 
     _torch_threads(threads)
     tilewright.set_num_threads(threads)

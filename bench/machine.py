@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tilewright
 import torch
+
+import tilewright
 from tilewright import _C
 
 # Above these a neighbour is at work, and medians say little: peers whose pools spin fall by 2 to 20 times.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tilewright import _C, bench
 from tilewright.bench import ceilings, compare_llm, harness, machine, report
 from tilewright.bench.harness import OURS, Candidate, Case, Result, Work

@@ -22,6 +22,7 @@ from tilewright.io.pull import pull
 
 COMMAND = [sys.executable, "-m", "tilewright.cli"]
 QUESTION = "What is the capital of France?"
+STORY = "Write a long story about a dragon and a princess, in twenty chapters."  # answered at length
 
 
 def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess:
@@ -148,7 +149,7 @@ def test_folder_model_with_quantization(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_text_streams_and_ctrl_c_leaves() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "generate", "--max-new-tokens", "4000", "Count from one to one thousand, one number a line."],
+        [*COMMAND, "generate", "--max-new-tokens", "4000", STORY],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -166,7 +167,7 @@ def test_text_streams_and_ctrl_c_leaves() -> None:
 
 def test_reader_that_goes_away() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "generate", "--max-new-tokens", "400", "Count from one to one hundred."],
+        [*COMMAND, "generate", "--max-new-tokens", "400", STORY],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -227,8 +228,8 @@ def test_chat_on_a_terminal() -> None:
 
     try:
         wait_for(b"> ")
-        os.write(master, b"Count from one to one thousand.\n")
-        wait_for(rb"thousand\.\r\n.+")
+        os.write(master, f"{STORY}\n".encode())
+        wait_for(rb"chapters\.\r\n.+")
         process.send_signal(signal.SIGINT)
         wait_for(b"> ")
         os.write(master, f"{QUESTION}\n".encode())

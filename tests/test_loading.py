@@ -501,7 +501,6 @@ def test_unsupported_gguf_type(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys, time
 import tilewright
-from tiny import one_thread  # noqa: F401  (a fixture)
 from tilewright import AutoModelForCausalLM
 import tilewright.models.auto
 

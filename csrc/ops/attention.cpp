@@ -139,11 +139,13 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.bias = scores("bias", bias, full);
   TW_EXPECT(!mask || mask.dtype == DType::boolean, kOp, "mask must be boolean");
   TW_EXPECT(!bias || is_float_storage(bias.dtype), kOp, "bias must be float32, bfloat16 or float16");
+  TW_EXPECT(alibi.ndim <= 2, kOp, "alibi_slopes must be (heads,) or (batch, heads), got " + shape_of(alibi));
   a.alibi = per_head("alibi_slopes", alibi, a.heads);
   if (a.alibi && alibi.ndim == 2) {
     TW_EXPECT(alibi.dim(0) == a.batch, kOp, "alibi_slopes must be (heads,) or (batch, heads)");
     a.alibi_batch = alibi.strides[0];
   }
+  TW_EXPECT(!sinks || sinks.ndim == 1, kOp, "sinks must be (heads,), got " + shape_of(sinks));
   a.sinks = per_head("sinks", sinks, a.heads);
   a.k_start = per_batch("k_start", k_start, a.batch);
   a.k_end = per_batch("k_end", k_end, a.batch);

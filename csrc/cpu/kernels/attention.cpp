@@ -111,7 +111,10 @@ TW_INLINE void softmax_row(const AttentionArgs& a, const State& s, int64_t r, in
   P* probabilities = reinterpret_cast<P*>(s.probabilities + r * (s.ld * int64_t(sizeof(P)) / 4));
   const int64_t lo = max64(see.begin - first, 0), hi = min64(see.end - first, count);
   if (lo >= hi) {
-    for (int64_t j = 0; j < s.ld; j += W) store_operand(probabilities + j, zero());
+    for (int64_t j = 0; j < s.ld; j += W) {
+      store_operand(probabilities + j, zero());
+      if constexpr (General) store(scores + j, set1(kMinusInf));
+    }
     return;
   }
   const F scale = set1(a.scale), minus_inf = set1(kMinusInf);
@@ -144,11 +147,17 @@ TW_INLINE void softmax_row(const AttentionArgs& a, const State& s, int64_t r, in
     bool nan = false;
     for (int64_t j = j_begin; j < j_end; j += W) nan |= any_nan(load(scores + j));
     if (!nan) {
-      for (int64_t j = 0; j < s.ld; j += W) store_operand(probabilities + j, zero());
+      for (int64_t j = 0; j < s.ld; j += W) {
+        store_operand(probabilities + j, zero());
+        if constexpr (General) store(scores + j, minus_inf);
+      }
       return;
     }
   }
-  for (int64_t j = 0; j < j_begin; j += W) store_operand(probabilities + j, zero());
+  for (int64_t j = 0; j < j_begin; j += W) {
+    store_operand(probabilities + j, zero());
+    if constexpr (General) store(scores + j, minus_inf);
+  }
   F total = zero();
   const F m = set1(new_max);
   for (int64_t j = j_begin; j < j_end; j += W) {
@@ -156,7 +165,10 @@ TW_INLINE void softmax_row(const AttentionArgs& a, const State& s, int64_t r, in
     total = add(total, p);
     store_operand(probabilities + j, p);
   }
-  for (int64_t j = j_end; j < s.ld; j += W) store_operand(probabilities + j, zero());
+  for (int64_t j = j_end; j < s.ld; j += W) {
+    store_operand(probabilities + j, zero());
+    if constexpr (General) store(scores + j, minus_inf);
+  }
   float sum = reduce_add(total);
   if (new_max != old_max && old_max != kMinusInf) {
     float lanes[W];
@@ -227,7 +239,9 @@ void finish_row(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t r, f
     }
   });
   if (a.lse)
-    a.lse[(b * a.heads + head) * a.seq_q + r / group] = sum == 0.0f ? kMinusInf : max + __builtin_logf(sum);
+    a.lse[(b * a.heads + head) * a.seq_q + r / group] = sum == 0.0f               ? kMinusInf
+                                                        : max == __builtin_inff() ? max
+                                                                                  : max + __builtin_logf(sum);
 }
 
 // --- prefill ---
@@ -308,21 +322,26 @@ void pack_task(const AttentionArgs& a, int64_t task) {
                                    static_cast<float*>(a.packed_v) + task * packed_block_elements(a.v_dim));
 }
 
+// Whether a row attends key j of the block just softmaxed; [lo, hi) are the keys of the block that are in
+// some row's range. Probabilities would not tell: they may vanish, and 0 * NaN is NaN where a key is
+// attended.
+TW_INLINE bool is_seen(const AttentionArgs& a, const State& s, int64_t rows, int64_t lo, int64_t hi,
+                       int64_t j) {
+  if (j < lo || j >= hi) return false;
+  if (!is_general(a)) return true;
+  for (int64_t r = 0; r < rows; ++r)
+    if (!(s.scores[r * s.ld + j] == kMinusInf)) return true;
+  return false;
+}
+
 // A copy of a V block in which keys that no row of the task attends are zero: 0 * NaN must not reach the
 // output.
 template <class E, class P>
-const float* without_unseen(const State& s, int64_t rows, const float* v, float* copy) {
+const float* without_unseen(const AttentionArgs& a, const State& s, int64_t rows, int64_t lo, int64_t hi,
+                            const float* v, float* copy) {
   std::memcpy(copy, v, size_t(kKeyBlock / E::depth * s.v_pad) * 4);
   for (int64_t key = 0; key < kKeyBlock; ++key) {
-    bool seen = false;
-    for (int64_t r = 0; r < rows; ++r) {
-      P p;
-      std::memcpy(&p,
-                  reinterpret_cast<const char*>(s.probabilities + r * (s.ld / E::depth)) + key * sizeof(P),
-                  sizeof(P));
-      seen |= to_float(p) != 0.0f;  // NaN counts as seen
-    }
-    if (seen) continue;
+    if (is_seen(a, s, rows, lo, hi, key)) continue;
     char* row = reinterpret_cast<char*>(copy + key / E::depth * s.v_pad) + (key % E::depth) * sizeof(P);
     for (int64_t d = 0; d < s.v_pad; ++d) std::memset(row + d * 4, 0, sizeof(P));
   }
@@ -377,7 +396,7 @@ void prefill_task(const AttentionArgs& a, int64_t task, float* memory) {
     const int64_t count = min64(kKeyBlock, hi - first), width = (count + W - 1) / W * W;
     multiply<E>(rows, width, q, q_ld, k, kKeyBlock, q_elements, s.scores, kKeyBlock, false);
     softmax_rows<P>(a, s, rows, b, h, first_row, valid, first, count);
-    if (a.v_not_finite[index]) v = without_unseen<E, P>(s, rows, v, v_copy);
+    if (a.v_not_finite[index]) v = without_unseen<E, P>(a, s, rows, lo - first, hi - first, v, v_copy);
     multiply<E>(rows, s.v_pad, s.probabilities, kKeyBlock / depth, v, s.v_pad, (width + depth - 1) / depth,
                 s.out, s.v_pad, true);
   }
@@ -511,11 +530,8 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
     softmax_rows<float>(a, s, rows, b, h, 0, valid, first, count);
     // Keys that no row attends are not read: they may hold anything.
     int seen[kDecodeBlock], n_seen = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      bool any = false;
-      for (int64_t r = 0; r < rows; ++r) any |= s.probabilities[r * s.ld + j] != 0.0f;
-      if (any) seen[n_seen++] = int(j);
-    }
+    for (int64_t j = 0; j < count; ++j)
+      if (is_seen(a, s, rows, lo - first, hi - first, j)) seen[n_seen++] = int(j);
     in_tiles<kTogether>(0, rows, [&](int64_t r, auto n) {
       decode_values<T, n.n>(s.probabilities + r * s.ld, s.ld, v + first * a.v.row, a.v.row, a.v_dim, seen,
                             n_seen, s.out + r * s.v_pad, s.v_pad);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import check_backend, check_device, contiguous_last, direct, record_reference, register
 
 _OP = "attention"
 CAUSAL = (None, "top_left", "bottom_right")
@@ -58,7 +58,11 @@ def attention(
         raise NotImplementedError(f"{_OP}: dropout_p must be 0, got {dropout_p}; dropout is not supported yet")
     if causal not in CAUSAL:
         raise ValueError(f"{_OP}: causal must be one of {CAUSAL}, got {causal!r}")
-    left, right = (-1, -1) if window is None else window
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(
+            f"{_OP}: q, k and v must be tensors, got {type(q).__name__}, {type(k).__name__}, {type(v).__name__}"
+        )
+    left, right = (-1, -1) if window is None else _checked_window(window)
     if mask is not None and mask.dtype != torch.bool:
         bias, mask = mask if bias is None else bias + mask, None
     if softcap is not None and not 0 <= softcap < math.inf:
@@ -68,10 +72,17 @@ def attention(
     tensors = (q, k, v, mask, bias, alibi_slopes, sinks, None, None)
     options = (scale, softcap or 0.0, CAUSAL.index(causal), left, right)
     if backend != "reference" and direct(*tensors, out):
-        # The kernel's own checks serve this path.
-        result, lse = _attention(*tensors, *options, return_lse, out)
+        try:  # the kernel checks; where it refuses, the wording for all paths stands in _check_shapes
+            result, lse = _attention(*tensors, *options, return_lse, out)
+        except ValueError:
+            _check_shapes(q, k, v)
+            raise
         return (result, lse) if return_lse else result
     _check_shapes(q, k, v)
+    if out is not None and (out.shape != (*q.shape[:3], v.shape[3]) or out.dtype != q.dtype):
+        raise ValueError(
+            f"{_OP}: out must be {q.dtype} of shape {(*q.shape[:3], v.shape[3])}, got {out.dtype} {tuple(out.shape)}"
+        )
     if backend == "reference":
         wide, lse = _reference(*tensors, *options)
         result, lse = wide.to(q.dtype), lse.float()
@@ -126,7 +137,7 @@ def scaled_dot_product_attention(
             f"{q.shape[1]}, {k.shape[1]}, {v.shape[1]}; enable_gqa=True lets groups of heads share a key head"
         )
     mask = attn_mask
-    if mask is not None and mask.dim() > 4:
+    if mask is not None and dims > 4:
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
     elif mask is not None and dims == 3 and mask.dim() == 3:
         mask = mask.unsqueeze(0)
@@ -137,6 +148,14 @@ def scaled_dot_product_attention(
     if dims == 2:
         return out[0, 0]
     return out[0] if dims == 3 else out.unflatten(0, query.shape[:-3])
+
+
+def _checked_window(window: tuple[int, int]) -> tuple[int, int]:
+    if not (
+        isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) and w >= -1 for w in window)
+    ):
+        raise ValueError(f"{_OP}: window must be (left, right), whole numbers >= -1 (-1: unbounded), got {window!r}")
+    return window[0], window[1]
 
 
 def _four_dims(t: Tensor) -> Tensor:
@@ -169,7 +188,7 @@ def attention_reference(
 
 
 def _scores(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right):
-    """(raw scores scale * q k^T, scores after softcap and biases with -inf where masked, allowed)."""
+    """(raw scores scale * q k^T, scores after softcap and biases with -inf where masked, allowed, distance)."""
     seq_q, seq_k = q.shape[-2], k.shape[-2]
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
@@ -190,12 +209,12 @@ def _scores(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, c
         allowed = allowed & (key <= diagonal + right)
     if mask is not None:
         allowed = allowed & mask
+    distance = (key - diagonal).abs().to(s.dtype)
     if alibi is not None:
-        slopes = alibi.to(s.dtype).reshape(-1, alibi.shape[-1], 1, 1)
-        s = s - slopes * (key - diagonal).abs().to(s.dtype)
+        s = s - alibi.to(s.dtype).reshape(-1, alibi.shape[-1], 1, 1) * distance
     if bias is not None:
         s = s + bias.to(s.dtype)
-    return raw, s.masked_fill(~allowed, -torch.inf), allowed
+    return raw, s.masked_fill(~allowed, -torch.inf), allowed, distance
 
 
 def _probabilities(s, sinks):
@@ -211,7 +230,7 @@ def _probabilities(s, sinks):
 
 def _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right):
     wide = [t.double() for t in (q, k, v)]
-    _, s, allowed = _scores(*wide, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
+    _, s, allowed, _ = _scores(*wide, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
     p, lse = _probabilities(s, sinks)
     values = wide[2]
     if values.shape[1] != q.shape[1]:
@@ -283,6 +302,7 @@ def _attention_cpu(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, sof
 
 
 def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse):
+    check_device(_OP, q=q, k=k, v=v, mask=mask, bias=bias, sinks=sinks)
     out = _empty_out(contiguous_last(q), v)
     return out, q.new_empty(q.shape[:3] if lse else (0,), dtype=torch.float32)
 
@@ -303,7 +323,7 @@ def _backward(ctx, grad_out, grad_lse):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     qw, kw, vw = (t.to(wide) for t in (q, k, v))
     scale, softcap = ctx.options[0], ctx.options[1]
-    raw, s, _ = _scores(qw, kw, vw, mask, bias, alibi, sinks, k_start, k_end, *ctx.options)
+    raw, s, _, distance = _scores(qw, kw, vw, mask, bias, alibi, sinks, k_start, k_end, *ctx.options)
     p, lse = _probabilities(s, sinks)
     group = q.shape[1] // max(k.shape[1], 1)
     grad_v = None
@@ -322,8 +342,11 @@ def _backward(ctx, grad_out, grad_lse):
     grad_alibi = grad_bias = grad_sink = None
     if bias is not None and bias.requires_grad:
         grad_bias = _sum_to(grad_s, bias)
+    if alibi is not None and alibi.requires_grad:
+        grad_alibi = _sum_to(-(grad_s * distance).sum((2, 3)), alibi)
     if sinks is not None:
         weight = torch.exp(sinks.to(wide).view(1, -1, 1, 1) - lse)
+        weight = torch.where(lse == -torch.inf, torch.zeros_like(weight), weight)
         grad_sink = (weight * grad_sinks).sum((0, 2, 3)).to(sinks.dtype)
     if softcap:
         grad_s = grad_s * (1 - torch.tanh(raw / softcap).square())

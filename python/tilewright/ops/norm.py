@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, record_reference, register
 
 
 def rms_norm(
@@ -94,6 +94,7 @@ def _norm_cpu(x, residual, weight, bias, eps, centred):
 
 
 def _norm_fake(x, residual, weight, bias, eps, centred):
+    check_device("layer_norm" if centred else "rms_norm", x=x, residual=residual, weight=weight, bias=bias)
     out = torch.empty_like(contiguous_last(x))  # strides as the kernel's results have them
     return out, x.new_empty(0) if residual is None else torch.empty_like(out)
 

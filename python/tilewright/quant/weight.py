@@ -167,8 +167,7 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
         scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = high / top - low / top  # high - low may overflow, and so may scale * top
-        scale = scale.clamp(max=torch.finfo(torch.float32).max * (1 - 1e-6) / top)
+        scale = high / top - low / top  # high - low may overflow
     nonzero = scale[scale > 0]
     if nonzero.numel() and float(nonzero.min()) >= _FP16_MIN_NORMAL and float(nonzero.max()) <= _FP16_MAX:
         scale = scale.half().float()
@@ -178,7 +177,8 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
         codes = (grouped / step).round_().add_(2 ** (bits - 1)).clamp_(1, top)
     else:
         zero = (-low / step.squeeze(-1)).round().clamp(0, top)
-        codes = (grouped / step).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
+        reach = torch.floor(torch.finfo(torch.float32).max / step)  # farther from zero a value would be infinite
+        codes = (grouped / step).round_().clamp_(-reach, reach).add_(zero.unsqueeze(-1)).clamp_(0, top)
         zeros = zero.to(torch.uint8)
     codes = codes.to(torch.uint8).reshape(n, groups * size)[:, :k]
     return pack(codes, scale, zeros, bits, group_size, "none" if symmetric else "zero")
