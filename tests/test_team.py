@@ -3,6 +3,8 @@ torch's own pool and the interpreter's end."""
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import multiprocessing
 import os
 import shutil
@@ -20,23 +22,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import tilewright
-from tilewright import _C, attention, quantize_weight, quantized_linear
+from tilewright import _C, QuantizedWeight, attention, quantize_weight, quantized_linear
 
-WEIGHT = quantize_weight(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)))
+X = torch.randn(9, 256, generator=torch.Generator().manual_seed(2))
+
+
+@functools.cache  # not at import: a team that hangs must hang inside a test
+def weight() -> QuantizedWeight:
+    return quantize_weight(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)))
+
+
+@functools.cache
+def expected_of_x() -> Tensor:
+    return quantized_linear(X, weight())
+
+
+@pytest.fixture(scope="module")
+def stderr(request: pytest.FixtureRequest) -> int:
+    """The descriptor that stderr has outside of pytest's capturing."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return os.dup(2)
 
 
 @pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """A hang is a failure; and the next test follows torch again."""
-
-    def hung(*_: object) -> None:
-        raise TimeoutError("the test hung")
-
-    before, threads = signal.signal(signal.SIGALRM, hung), torch.get_num_threads()
-    signal.alarm(120)
+def _limits(stderr: int) -> Iterator[None]:
+    """A hang ends the run with every thread's stack (no Python handler runs while a kernel waits); and the next test
+    follows torch again."""
+    threads = torch.get_num_threads()
+    faulthandler.dump_traceback_later(90, exit=True, file=stderr)
     yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    faulthandler.cancel_dump_traceback_later()
     torch.set_num_threads(threads)
     _C.set_num_threads(0)
 
@@ -49,8 +64,8 @@ def work(seed: int = 0) -> tuple[Tensor, ...]:
     return (
         attention(q, k, k, causal="bottom_right"),
         attention(q[:, :, :2], k, k, causal="bottom_right"),
-        quantized_linear(x, WEIGHT),
-        quantized_linear(x[:1], WEIGHT, activation="fp32"),
+        quantized_linear(x, weight()),
+        quantized_linear(x[:1], weight(), activation="fp32"),
     )
 
 
@@ -71,7 +86,7 @@ def test_many_small_jobs_do_not_hang() -> None:
     for threads in (2, 3, 8):
         tilewright.set_num_threads(threads)
         for i in range(1500):
-            out = quantized_linear(x, WEIGHT)
+            out = quantized_linear(x, weight())
             expected = out if expected is None else expected
             if i % 100 == 0:
                 assert torch.equal(out, expected)
@@ -123,7 +138,8 @@ def in_fork(function: Callable[[], bool]) -> int:
     if child == 0:
         status = 3
         try:
-            signal.alarm(30)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # ends a child that hangs inside a kernel
             status = 0 if function() else 1
         finally:
             os._exit(status)
@@ -144,7 +160,7 @@ def test_fork() -> None:
 
 def test_fork_while_other_threads_use_the_team() -> None:
     tilewright.set_num_threads(2)
-    expected, stop = work(), threading.Event()
+    expected, alone, stop = work(), expected_of_x(), threading.Event()
 
     def busy() -> None:
         while not stop.is_set():
@@ -154,7 +170,7 @@ def test_fork_while_other_threads_use_the_team() -> None:
     for caller in callers:
         caller.start()
     try:
-        statuses = [in_fork(lambda: torch.equal(quantized_linear(X, WEIGHT), EXPECTED)) for _ in range(10)]
+        statuses = [in_fork(lambda: torch.equal(quantized_linear(X, weight()), alone)) for _ in range(10)]
     finally:
         stop.set()
         for caller in callers:
@@ -163,25 +179,23 @@ def test_fork_while_other_threads_use_the_team() -> None:
     assert same(work(), expected)
 
 
-X = torch.randn(9, 256, generator=torch.Generator().manual_seed(2))
-EXPECTED = quantized_linear(X, WEIGHT)
-
-
 class Quantised(Dataset):
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, index: int) -> Tensor:
-        return quantized_linear(X + index * 0, WEIGHT)
+        return quantized_linear(X + index * 0, weight())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_loader_workers(workers: int) -> None:
     tilewright.set_num_threads(2)
-    quantized_linear(X, WEIGHT)  # the team exists before the fork
+    expected_of_x()  # the team exists before the fork
     context = multiprocessing.get_context("fork") if workers else None
-    for batch in DataLoader(Quantised(), batch_size=4, num_workers=workers, multiprocessing_context=context):
-        assert torch.equal(batch, EXPECTED.expand(4, -1, -1))
+    timeout = 60 if workers else 0
+    loader = DataLoader(Quantised(), 4, num_workers=workers, multiprocessing_context=context, timeout=timeout)
+    for batch in loader:
+        assert torch.equal(batch, expected_of_x().expand(4, -1, -1))
 
 
 def test_after_an_exception() -> None:
@@ -191,11 +205,11 @@ def test_after_an_exception() -> None:
     q = torch.randn(1, 2, 40, 16)
     for _ in range(20):
         with pytest.raises(ValueError):
-            quantized_linear(torch.randn(3, 255), WEIGHT)
+            quantized_linear(torch.randn(3, 255), weight())
         with pytest.raises(ValueError):
             attention(q, q, q, mask=torch.ones(3, 3, dtype=torch.bool))
         with pytest.raises(IndexError):
-            WEIGHT.rows(torch.tensor([512]))
+            weight().rows(torch.tensor([512]))
         with pytest.raises(NotImplementedError):
             attention(*[torch.zeros(1, 1, 1, 600)] * 3)
     assert same(work(), expected)
@@ -221,10 +235,10 @@ def test_calls_from_inside_torch_functions() -> None:
     tilewright.set_num_threads(2)
     x = X.clone().requires_grad_()
     inner = []
-    out = quantized_linear(x, WEIGHT)
-    out.register_hook(lambda grad: inner.append(quantized_linear(X, WEIGHT)))
+    out = quantized_linear(x, weight())
+    out.register_hook(lambda grad: inner.append(quantized_linear(X, weight())))
     out.sum().backward()
-    assert torch.equal(inner[0], EXPECTED) and x.grad.shape == x.shape
+    assert torch.equal(inner[0], expected_of_x()) and x.grad.shape == x.shape
 
 
 def test_number_of_threads() -> None:

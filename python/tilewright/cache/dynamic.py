@@ -69,6 +69,15 @@ class DynamicCache:
                 grown[:, :, : self.length] = buffers[layer][:, :, : self.length]
                 buffers[layer] = grown
 
+    def row(self, index: int, length: int) -> DynamicCache:
+        """Sequence `index` as a cache of its own, `length` tokens long, that shares the memory reserved here."""
+        row = DynamicCache()
+        row.keys = [buffer[index : index + 1] for buffer in self.keys]
+        row.values = [buffer[index : index + 1] for buffer in self.values]
+        row.length = length
+        row.set_starts(self.starts[index : index + 1])
+        return row
+
     def set_starts(self, starts: Tensor) -> None:
         """Where each sequence's first real token is, int64 (batch,)."""
         self.starts, self.padded = starts, bool(starts.any())

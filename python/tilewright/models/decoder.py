@@ -179,6 +179,10 @@ class CausalLM(nn.Module):
                 state = prepared.run(ids, cache)
                 cache.advance(1)
                 return self._head(state)
+        first = cache.starts if starts is None else starts
+        padded = ids.shape[1] > 1 and first is not None and (ids.shape[0] > 1 or int(first[0]) > cache.length)
+        if padded and position_ids is None and hidden_states is None and bool(first.any()):
+            return self._run_rows(ids, cache, starts, logits_to_keep)
         config, layers = self.config, self.bound_layers()
         step = self._begin(ids, cache, starts, position_ids)
         # `total` is the residual stream; each norm adds x, the output of the block before it, on the way.
@@ -199,6 +203,28 @@ class CausalLM(nn.Module):
         elif 0 < logits_to_keep < ids.shape[1]:
             x, total = x[:, -logits_to_keep:], total[:, -logits_to_keep:]
         return self._head(add_norm(x, total, self.norm, config.rms_norm_eps)[0])
+
+    def _run_rows(self, ids: Tensor, cache: DynamicCache, starts: Tensor | None, keep: int | Tensor) -> Tensor:
+        """`run` for sequences with padding in front, one after the other: padding costs nothing, and a sequence's
+        results have the same bits as if it were alone. Logits of padding are 0."""
+        config, (batch, seq), past = self.config, ids.shape, cache.length
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        cache.reserve(seq, config.num_hidden_layers, batch, heads, head_dim, self.cache_dtype)
+        if starts is not None:
+            cache.set_starts(starts)
+        wanted = torch.arange(seq)
+        wanted = wanted[keep if isinstance(keep, Tensor) else slice(-keep, None) if keep else slice(None)]
+        logits = torch.zeros(batch, len(wanted), config.vocab_size)
+        for row, start in enumerate(cache.starts.tolist()):
+            padding = max(start - past, 0)
+            real = wanted >= padding
+            if padding < seq:
+                part = self.run(
+                    ids[row : row + 1, padding:], cache.row(row, past + padding), logits_to_keep=wanted[real] - padding
+                )
+                logits[row, real] = part[0]
+        cache.advance(seq)
+        return logits
 
     # Free functions that take the model first.
     generate = generate
