@@ -551,4 +551,5 @@ def test_folder_memory(quantization: str, folder: Path, tmp_path: Path) -> None:
         vocab_size=4000,
     ).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30MB")  # fmt: skip
     growth, packed, _ = measure(tmp_path, quantization, str(folder))
-    assert growth <= 1.15 * packed, f"{growth / 1e6:.0f} MB for {packed / 1e6:.0f} MB"
+    # 4 MB for what does not grow with the model: the pieces being quantised, and holes in the C library's heap.
+    assert growth <= 1.15 * packed + 4e6, f"{growth / 1e6:.0f} MB for {packed / 1e6:.0f} MB"

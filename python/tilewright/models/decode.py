@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright.cache.dynamic import DynamicCache
-from tilewright.models import bound
+from tilewright.ops import bound
 
 if TYPE_CHECKING:
     from tilewright.models.decoder import CausalLM

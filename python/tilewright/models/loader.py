@@ -24,7 +24,7 @@ from tilewright.quant import QuantizedWeight, quantize_weight
 
 # Rows are quantised in pieces of about this many elements: their fp32 copies stay in the cache, and small beside
 # the packed model.
-_PIECE = 1 << 15
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
