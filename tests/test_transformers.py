@@ -500,11 +500,18 @@ def test_keywords_that_are_refused(keywords: dict[str, Any], error: type, messag
         attention_forward(module_stub(), *qkv(), None, **keywords)
 
 
-def test_keywords_that_are_not_ours() -> None:
+@pytest.mark.parametrize("models_loaded", [True, False])
+def test_keywords_that_are_not_ours(models_loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
     expected, _ = attention_forward(module_stub(), q, k, v, None)
     riders = {"use_cache": True, "position_ids": torch.arange(5), "output_attentions": False, "deterministic": True}
-    riders |= {"num_items_in_batch": torch.tensor(3), "logits_to_keep": 1, "head_mask": None, "cache": None}
+    riders |= {"num_items_in_batch": torch.tensor(3), "vision_feature_layer": -1, "head_mask": None, "cache": None}
+    if models_loaded:
+        build("llama", "tilewright")
+        riders["logits_to_keep"] = 1  # an input of the model above
+    else:
+        monkeypatch.setattr(PreTrainedModel, "__subclasses__", list)
+        monkeypatch.setattr("tilewright.integrations.transformers._model_inputs", {})
     out, _ = attention_forward(module_stub(), q, k, v, None, 0.0, **riders)
     assert torch.equal(out, expected)
 

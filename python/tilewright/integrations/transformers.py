@@ -35,8 +35,12 @@ _UNSUPPORTED = {
     "cache": "transformers' paged cache for continuous batching",
 }
 # What else may ride along in a model's **kwargs although it says nothing about how attention is computed: what a
-# forward returns, and positions, which the mask and the rotary embedding, made before, already hold.
-_HARMLESS = TransformersKwargs.__annotations__.keys() | {"deterministic", "return_dict"}
+# forward returns, positions, which the mask and the rotary embedding, made before, already hold, and what
+# transformers' decorators of forward add from the config or read themselves.
+_HARMLESS = frozenset(TransformersKwargs.__annotations__) | {
+    *("deterministic", "return_dict", "use_cache", "debug_io", "debug_io_dir", "prune_layers"),
+    *("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"),
+}
 # Model types for which a mask of None must not mean "causal", although they say that they run on sdpa or flash: the
 # first two drop queries before their last layers unless a mask or the name "sdpa" tells them not to, the decoder
 # layers of the third do not call themselves causal.
@@ -87,10 +91,11 @@ def attention_forward(
     (batch, kv_heads, seq_k, d_v) -> ((batch, seq_q, heads, d_v), None).
 
     attention_mask: boolean (True = attend) or additive, broadcast to (batch, heads, seq_q, seq_k). Without one, and
-    with more than one query, ``is_causal`` (default: the module's attribute, else True) masks the future, counted from
-    the first key; longer keys are the unused end of a static cache. sliding_window w: the last w keys (w - 1 to either
-    side if not causal); applied where there is no mask, since a mask holds it already. softcap, position_bias
-    (additive, differentiable), s_aux (heads,) or sinks (batch, heads, seq_q, 1) as in Gemma 2, T5, gpt-oss, Inkling.
+    with more than one query, ``is_causal`` (default: the module's attribute, else True for models that support sdpa)
+    masks the future, counted from the first key; longer keys are the unused end of a static cache. sliding_window w:
+    the last w keys (w - 1 to either side if not causal); applied where there is no mask, as a mask holds it already.
+    softcap, position_bias (additive, differentiable), s_aux (heads,) or sinks (batch, heads, seq_q, 1) as in Gemma 2,
+    T5, gpt-oss, Inkling.
     cu_seq_lens_q, cu_seq_lens_k: int (sequences + 1,): sequences packed into a batch of one do not see each other.
 
     Raises NotImplementedError for dropout > 0 and for keywords of attention that we do not compute, ValueError for
