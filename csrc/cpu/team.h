@@ -1,5 +1,5 @@
-// The thread team: one process-wide set of workers that spin for a bounded time between jobs and then
-// sleep on a futex.
+// The thread team. Jobs run inside torch's OpenMP runtime where that is loaded; else, and in a forked child,
+// on one process-wide set of workers that spin for a bounded time between jobs and then sleep on a futex.
 //
 // Rules that callers rely on:
 // - parallel_for never changes results: what runs where depends on timing, what is computed does not.
