@@ -45,7 +45,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
     Raises NotImplementedError for a forward-mode derivative, which no op has and the dispatcher would drop.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if _C.direct(*tensors):
         return True
