@@ -207,7 +207,8 @@ class LinearCase:
 ROWS = (1, 2, 5, 6, 7, 8, 9, 13, 64, 129)  # register tiles of 2, 6 and 8 rows; 9: from here on rows are chunked
 LINEAR = [
     *(LinearCase(f"m{m}", m, 96, 256) for m in ROWS),
-    *(LinearCase(f"n{n}_m{m}", m, n, 96) for n in (1, 2, 15, 16, 17, 31, 33, 47, 63, 65, 97) for m in (1, 9)),
+    *(LinearCase(f"n{n}_m{m}", m, n, 96) for n in (15, 16, 17, 31, 33, 47, 63, 65, 97) for m in (1, 9)),
+    *(LinearCase(f"n{n}_m{m}", m, n, 96) for n in (1, 2) for m in (9, 20)),
     *(LinearCase(f"k{k}_g{g}_m{m}", m, 40, k, bits, g, kind) for k in (1, 3, 31, 33, 63, 65, 127, 129, 200)
       for g, bits, kind in ((32, 4, "symmetric"), (64, 4, "zero"), (128, 8, "zero"), (-1, 8, "symmetric"))
       for m in (2, 9)),
