@@ -129,7 +129,13 @@ def test_python_threads_that_come_and_go() -> None:
         time.sleep(0.3)
         return len(os.listdir("/proc/self/task"))
 
-    assert run(5) >= run(40), "threads pile up"
+    few, many = run(5), run(40)
+    for _ in range(20):  # the OpenMP runtime's workers of an ended thread spin a little before they leave
+        if many <= few:
+            break
+        time.sleep(0.1)
+        many = len(os.listdir("/proc/self/task"))
+    assert many <= few, "threads pile up"
     assert results == [True] * 45
 
 
