@@ -55,7 +55,8 @@ ScoreTensor scores(const char* name, const TensorView& t, const int64_t (&full)[
 const float* per_head(const char* name, const TensorView& t, int64_t heads) {
   if (!t) return nullptr;
   expect_cpu(kOp, name, t);
-  TW_EXPECT(t.dtype == DType::f32 && t.dim(-1) == heads && (heads == 1 || t.stride(-1) == 1), kOp,
+  TW_EXPECT(t.ndim >= 1 && t.dtype == DType::f32 && t.dim(-1) == heads && (heads == 1 || t.stride(-1) == 1),
+            kOp,
             std::string(name) + " must be contiguous float32 with " + std::to_string(heads) + " heads, got " +
                 name_of(t.dtype) + " " + shape_of(t));
   return t.as<const float>();
