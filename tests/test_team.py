@@ -299,28 +299,40 @@ print(_C.usable_cpus(), tilewright.get_num_threads(), torch.equal(first, run()))
 """
 
 # Hides the machine's cgroup files behind its own, in a mount namespace that ends with the process.
-_QUOTA = """
-mount -t tmpfs none /sys/fs/cgroup || exit 77
-mkdir -p "/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)"
-exec "$@"
-"""
+_HIDE = 'mount -t tmpfs none /sys/fs/cgroup || exit 77; exec "$@"'
 _SET_QUOTA = """
-group = next((line[3:].strip() for line in open("/proc/self/cgroup") if line.startswith("0::")), "/")
-open("/sys/fs/cgroup" + group + "/cpu.max", "w").write("{}\\n")
+import os
+group = next({group})
+os.makedirs(group, exist_ok=True)
+for name, text in {files}.items():
+    open(group + "/" + name, "w").write(text)
 from tilewright import _C
 import tilewright, torch
 torch.set_num_threads(64)
 """
+_LINES = '(line.rstrip("\\n").split(":", 2) for line in open("/proc/self/cgroup"))'
+_GROUPS = {
+    1: f'("/sys/fs/cgroup/" + c + path for _, c, path in {_LINES} if "cpu" in c.split(","))',
+    2: f'("/sys/fs/cgroup" + path for _, c, path in {_LINES} if not c)',
+}
 
 
-def test_cgroup_quota_bounds_the_threads() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_cgroup_quota_bounds_the_threads(version: int) -> None:
     command = ("unshare", "-m", "sh", "-c", "mount -t tmpfs none /sys/fs/cgroup")
     if shutil.which("unshare") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount in a namespace of its own (CAP_SYS_ADMIN), to show a cgroup quota")
+    if not any(eval(_GROUPS[version])):
+        pytest.skip(f"this kernel puts the process into no version {version} cpu control group")
     here = len(os.sched_getaffinity(0))
     quotas = {"100000 100000": 1, "50000 100000": 1, "150000 100000": 2, "max 100000": here, "": here, "1": here}
-    jobs = (({}, _SET_QUOTA.format(quota) + WORKS) for quota in quotas)
-    results = run_fresh(*jobs, prefix=("unshare", "-m", "sh", "-c", _QUOTA, "sh"))
+    jobs = []
+    for quota in quotas:
+        limit, _, period = quota.replace("max", "-1" if version == 1 else "max").partition(" ")
+        v1 = {"cpu.cfs_quota_us": limit + "\n", "cpu.cfs_period_us": period + "\n"}
+        files = v1 if version == 1 else {"cpu.max": quota + "\n"}
+        jobs.append(({}, _SET_QUOTA.format(group=_GROUPS[version], files=files) + WORKS))
+    results = run_fresh(*jobs, prefix=("unshare", "-m", "sh", "-c", _HIDE, "sh"))
     for (quota, cpus), result in zip(quotas.items(), results, strict=True):
         expected = str(min(cpus, here))
         assert (result.status, result.output.split()) == (0, [expected, expected, "True"]), (quota, result.output)

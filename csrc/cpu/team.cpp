@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -190,37 +189,49 @@ void make_team() {
   pthread_atfork(nullptr, nullptr, [] { team = new Team(nullptr); });
 }
 
-int read_quota(const char* path) {
-  std::FILE* f = std::fopen(path, "re");
-  if (!f) return 0;
-  char first[32] = {};
-  long long period = 0;
-  const int fields = std::fscanf(f, "%31s %lld", first, &period);
+// The whole file, "" if there is none: the kernel's small text files.
+std::string read_text(const std::string& path) {
+  std::FILE* f = std::fopen(path.c_str(), "re");
+  if (!f) return {};
+  std::string text(65536, '\0');
+  text.resize(std::fread(text.data(), 1, text.size(), f));
   std::fclose(f);
-  const long long quota = std::atoll(first);
-  if (fields < 2 || quota <= 0 || period <= 0) return 0;
-  return std::max<int>(1, static_cast<int>(std::ceil(double(quota) / double(period))));
+  return text;
 }
 
-// The cgroup v2 limit of this process: the smallest on the way from its own group to the root.
+// CPUs that "quota period" allows; 0: no limit ("max", or -1 in version 1).
+int quota_cpus(const std::string& text) {
+  long long quota = 0, period = 0;
+  if (std::sscanf(text.c_str(), "%lld %lld", &quota, &period) != 2 || quota <= 0 || period <= 0) return 0;
+  return static_cast<int>((quota + period - 1) / period);
+}
+
+// The CPU limit of this process's control group, version 2 or 1: the smallest on the way from its own group
+// to the root of the hierarchy. 0: none. /proc/self/cgroup has lines "id:controllers:path", version 2's
+// without controllers.
 int cgroup_cpus() {
-  std::FILE* f = std::fopen("/proc/self/cgroup", "re");
-  if (!f) return 0;
-  char line[4096];
-  std::string group = "/";
-  while (std::fgets(line, sizeof line, f)) {
-    std::string s(line);
-    while (!s.empty() && s.back() == '\n') s.pop_back();
-    if (s.rfind("0::", 0) == 0) group = s.substr(3);
-  }
-  std::fclose(f);
+  const std::string groups = read_text("/proc/self/cgroup"), root = "/sys/fs/cgroup";
   int best = 0;
-  for (;;) {
-    const int here = read_quota(("/sys/fs/cgroup" + (group == "/" ? "" : group) + "/cpu.max").c_str());
-    if (here > 0 && (best == 0 || here < best)) best = here;
-    if (group == "/" || group.empty()) break;
-    group.resize(group.find_last_of('/'));
-    if (group.empty()) group = "/";
+  for (size_t begin = 0, end; begin < groups.size(); begin = end + 1) {
+    end = std::min(groups.find('\n', begin), groups.size());
+    const std::string line = groups.substr(begin, end - begin);
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    const std::string mount = v2 ? root : root + "/" + controllers;
+    std::string group = line.substr(second + 1);
+    for (;;) {
+      while (!group.empty() && group.back() == '/') group.pop_back();
+      const std::string at = mount + group + "/cpu.";
+      const int here =
+          quota_cpus(v2 ? read_text(at + "max")
+                        : read_text(at + "cfs_quota_us") + " " + read_text(at + "cfs_period_us"));
+      if (here > 0 && (best == 0 || here < best)) best = here;
+      if (group.empty()) break;
+      group.resize(std::min(group.find_last_of('/'), group.size()));
+    }
   }
   return best;
 }

@@ -95,11 +95,16 @@ TW_INLINE F apply_mask(const ScoreTensor& t, int64_t at, int count, F s) {
 }
 
 #if defined(__AVX512BF16__)
-TW_INLINE void store_operand(bf16* p, F x) {  // an operand of vdpbf16ps, which takes subnormals as 0 anyway
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+TW_INLINE F store_operand(bf16* p, F x) {  // an operand of vdpbf16ps, which takes subnormals as 0 anyway
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
 }
 #endif
-TW_INLINE void store_operand(float* p, F x) { store(p, x); }
+TW_INLINE F store_operand(float* p, F x) {
+  store(p, x);
+  return x;
+}
 
 // One row's softmax step over keys [first, first + count): scores -> probabilities, updating max, sum and
 // out. P is float or bf16. General adds softcap, alibi, bias and mask.
@@ -133,7 +138,11 @@ TW_INLINE void softmax_row(const AttentionArgs& a, const State& s, int64_t r, in
         const F distance = sub(add(set1(float(key - diagonal(a, valid, query))), lane_index()), zero());
         x = sub(x, mul(set1(a.alibi[b * a.alibi_batch + head]), abs(distance)));
       }
-      if (a.bias.kind != MaskKind::none) x = add(x, read_bias(a.bias, bias_row + key * a.bias.key, lanes));
+      if (a.bias.kind != MaskKind::none) {
+        // A bias of -inf masks, whatever the score is.
+        const F bias = read_bias(a.bias, bias_row + key * a.bias.key, lanes);
+        x = select_less(bias, set1(-3.4028234663852886e38f), minus_inf, add(x, bias));
+      }
       if (a.mask.kind != MaskKind::none) x = apply_mask(a.mask, mask_row + key * a.mask.key, lanes, x);
     }
     if (j < lo) x = keep_below(minus_inf, x, j, lo);
@@ -161,9 +170,9 @@ TW_INLINE void softmax_row(const AttentionArgs& a, const State& s, int64_t r, in
   F total = zero();
   const F m = set1(new_max);
   for (int64_t j = j_begin; j < j_end; j += W) {
-    const F p = exp(sub(load(scores + j), m));
-    total = add(total, p);
-    store_operand(probabilities + j, p);
+    // The denominator sums what the product multiplies: rounding alone must not change a row's weights'
+    // total.
+    total = add(total, store_operand(probabilities + j, exp(sub(load(scores + j), m))));
   }
   for (int64_t j = j_end; j < s.ld; j += W) {
     store_operand(probabilities + j, zero());

@@ -214,6 +214,7 @@ def _scores(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, c
         s = s - alibi.to(s.dtype).reshape(-1, alibi.shape[-1], 1, 1) * distance
     if bias is not None:
         s = s + bias.to(s.dtype)
+        allowed = allowed & (bias != -torch.inf)
     return raw, s.masked_fill(~allowed, -torch.inf), allowed, distance
 
 
