@@ -51,6 +51,11 @@ class HFFolder:
         """Give the tensor's pages back to the system. Its views stay valid and load them again when read."""
         self._shard(name).release(name)
 
+    def release_all(self) -> None:
+        """Give every page of every file back, those that the kernel mapped around what was read included."""
+        for shard in set(self._file_of.values()):
+            shard.release_all()
+
     def close(self) -> None:
         """Let go of the files. A mapping itself goes when the last view of it does."""
         for shard in set(self._file_of.values()):

@@ -86,6 +86,11 @@ class SafetensorsFile:
         record = self._tensor(name)
         self._mapped().drop(record.offset, record.nbytes)
 
+    def release_all(self) -> None:
+        """Give every page of the file back, those that the kernel mapped around what was read included."""
+        mapped = self._mapped()
+        mapped.drop(0, mapped.size)
+
     def close(self) -> None:
         """Let go of the file. The mapping itself goes when the last view of it does."""
         self._file = None

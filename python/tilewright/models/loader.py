@@ -205,8 +205,8 @@ class _Loader:
         biases = [self.vector(name, "bias") for name in names]
         module = stacked(weights, biases, self.activation)
         self.dtypes.update(None if isinstance(w, QuantizedWeight) else w.dtype for w in weights)
-        for name in names:
-            self.source.release(f"{name}.weight")
+        # All pages, not only these tensors': reading maps neighbours too, a large folio at a time.
+        self.source.release()
         return module
 
     def weight(self, name: str) -> Matrix:
@@ -236,4 +236,6 @@ class _Loader:
         tensor = self.source.load(name)
         if isinstance(tensor, QuantizedWeight):
             raise FormatError(self.source.path, name, f"expected F32, F16 or BF16, got {tensor.format}")
-        return tensor.to(torch.float32, copy=True)
+        copy = tensor.to(torch.float32, copy=True)
+        self.source.release()
+        return copy

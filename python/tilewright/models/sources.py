@@ -99,8 +99,8 @@ class GGUFSource:
         supported = ", ".join((*_DENSE_GGUF, *_PACKED_GGUF))
         raise NotImplementedError(f"{self.path}: {name}: type {kind} is not supported, supported: {supported}")
 
-    def release(self, name: str) -> None:
-        self.file.release(name)
+    def release(self) -> None:
+        self.file.release_all()
 
     def close(self) -> None:
         self.file.close()
@@ -147,8 +147,8 @@ class FolderSource:
             raise FormatError(self.path, name, f"expected float32, float16 or bfloat16, got {dtype}")
         return self.folder.tensor(name)
 
-    def release(self, name: str) -> None:
-        self.folder.release(name)
+    def release(self) -> None:
+        self.folder.release_all()
 
     def close(self) -> None:
         self.folder.close()
@@ -170,8 +170,7 @@ class FolderSource:
             )
             self.config.tie_word_embeddings = False
             self.config.raw["tie_word_embeddings"] = False
-        self.release(head)
-        self.release(embedding)
+        self.release()
 
 
 def _token_ids(config: ModelConfig) -> GenerationConfig:
