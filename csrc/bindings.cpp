@@ -189,16 +189,19 @@ PYBIND11_MODULE(_C, m) {
     return rate;
   });
 
-  m.def("attention",
-        [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
-           const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
-           const TensorView& k_start, const TensorView& k_end, float scale, float softcap, int causal,
-           int64_t window_left, int64_t window_right, const TensorView& out, const TensorView& lse) {
-          launch([&] {
-            attention(q, k, v, mask, bias, alibi, sinks, k_start, k_end,
-                      {scale, softcap, causal, window_left, window_right}, out, lse);
-          });
+  m.def(
+      "attention", [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+                      const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+                      const TensorView& q_start, const TensorView& q_end, const TensorView& k_start,
+                      const TensorView& k_end, const TensorView& k_batch, const TensorView& block_table,
+                      const TensorView& seed, float scale, float softcap, int causal, int64_t window_left,
+                      int64_t window_right, double dropout_p, const TensorView& out, const TensorView& lse) {
+        launch([&] {
+          attention(
+              {q, k, v, mask, bias, alibi, sinks, q_start, q_end, k_start, k_end, k_batch, block_table, seed},
+              {scale, softcap, causal, window_left, window_right, dropout_p}, out, lse);
         });
+      });
   m.def("rope", [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
                    const TensorView& positions, const TensorView& out_q, const TensorView& out_k,
                    bool interleaved, std::optional<int64_t> rotary_dim) {

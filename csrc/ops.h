@@ -28,16 +28,25 @@ void pack_gguf(const TensorView& raw, const std::string& type, const TensorView&
 void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
                  int64_t group_size, int offset, int scale_bits, const TensorView& out);
 
-// Attention forward; see cpu/kernels/attention.cpp. Absent tensors are default TensorViews.
+// Attention; see cpu/kernels/attention_rows.h. Absent tensors are default TensorViews.
+//   q (batch, heads, seq_q, head_dim), k and v (batch, kv_heads, seq_k, head_dim), mask and bias broadcast to
+//   (batch, heads, seq_q, seq_k).
+//   q_start, q_end: sequences packed in the rows of a q of batch 1, and in those of a k and v of batch 1.
+//   k_start, k_end: valid keys; k_batch: which row of k and v (or of the block table) a sequence reads.
+//   block_table: int32 (batch, max_blocks); k and v are pages, (num_blocks, kv_heads, page_size, head_dim).
+//   All but the block table are int64 (batch).
+struct AttentionInputs {
+  const TensorView &q, &k, &v, &mask, &bias, &alibi, &sinks, &q_start, &q_end, &k_start, &k_end, &k_batch,
+      &block_table, &seed;
+};
 struct AttentionOptions {
   float scale = 1, softcap = 0;
   int causal = 0;  // 0 none, 1 top-left, 2 bottom-right
   int64_t window_left = -1, window_right = -1;
+  double dropout_p = 0;
 };
-void attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
-               const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
-               const TensorView& k_start, const TensorView& k_end, const AttentionOptions& options,
-               const TensorView& out, const TensorView& lse);
+void attention(const AttentionInputs& inputs, const AttentionOptions& options, const TensorView& out,
+               const TensorView& lse);
 // rotary_dim absent: twice the last dimension of cos. In place where the outputs are q and k.
 void rope(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
           const TensorView& positions, const TensorView& out_q, const TensorView& out_k, bool interleaved,

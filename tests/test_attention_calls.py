@@ -134,10 +134,16 @@ def test_sdpa_groups() -> None:
     torch.testing.assert_close(scaled_dot_product_attention(q, k, k, enable_gqa=True), expected)
     with pytest.raises(ValueError, match="enable_gqa"):
         scaled_dot_product_attention(q, k, k)
-    with pytest.raises(ValueError, match="attn_mask must be None"):
-        scaled_dot_product_attention(q, q, q, torch.ones(5, 5, dtype=torch.bool), is_causal=True)
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+    with pytest.raises(ValueError, match="dropout_p"):
+        scaled_dot_product_attention(q, q, q, dropout_p=1.5)
+
+
+def test_sdpa_mask_and_causal_together() -> None:
+    """torch's fused CPU kernel applies both; so do we."""
+    q, mask = random(2, 3, 20, 16), torch.rand(2, 1, 20, 20) < 0.7
+    mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, q, q, attn_mask=mask.tril())
+    torch.testing.assert_close(scaled_dot_product_attention(q, q, q, attn_mask=mask, is_causal=True), expected)
 
 
 # Rejected.
@@ -172,7 +178,8 @@ REJECTED = {
     "head_dim_513": (lambda: attention(*[shaped(1, 1, 2, 513)] * 3), NotImplementedError, "head_dim.*513"),
     "causal": (call(causal="diagonal"), ValueError, "causal must be one of.*'diagonal'"),
     "causal_bool": (call(causal=True), ValueError, "causal must be one of"),
-    "dropout": (call(dropout_p=0.1), NotImplementedError, "dropout_p"),
+    "dropout": (call(dropout_p=1.1), ValueError, "dropout_p"),
+    "dropout_negative": (call(dropout_p=-0.1), ValueError, "dropout_p"),
     "backend": (call(backend="gpu"), ValueError, "backend must be one of.*'gpu'"),
     "backend_cuda": (call(backend="cuda"), NotImplementedError, "cuda.*supported"),
     "softcap": (call(softcap=-1.0), ValueError, "softcap"),

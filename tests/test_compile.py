@@ -15,6 +15,7 @@ from torch.library import opcheck
 import tilewright
 from tilewright import attention, quantize_, quantize_weight, quantized_linear
 from tilewright.ops.attention import attention_cached
+from tilewright.ops.attention_reference import Operands
 
 pytestmark = [
     pytest.mark.compiles,
@@ -33,12 +34,12 @@ def rand(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape).requires_grad_(grad)
 
 
-def attention_arguments(grad: bool, lse: bool, **changes: object) -> tuple:
+def attention_arguments(grad: bool, **changes: object) -> tuple:
     """The arguments of torch.ops.tilewright.attention, in the schema's order."""
     values = {
         "q": rand(2, 4, 3, 8, grad=grad), "k": rand(2, 2, 5, 8, grad=grad), "v": rand(2, 2, 5, 6, grad=grad),
-        "mask": None, "bias": None, "alibi": None, "sinks": None, "k_start": None, "k_end": None, "scale": 0.3,
-        "softcap": 0.0, "causal": 2, "left": -1, "right": -1, "return_lse": lse, **changes,
+        **dict.fromkeys(Operands._fields[3:]), "scale": 0.3, "softcap": 0.0, "causal": 2, "left": -1, "right": -1,
+        "dropout_p": 0.0, **changes,
     }  # fmt: skip
     return tuple(values.values())
 
@@ -56,17 +57,35 @@ def linear_arguments(grad: bool, activation: str, x: Tensor | None = None) -> tu
 
 COS, SIN = rand(9, 4), rand(9, 4)
 # Arguments for every op of the library, each called on plain inputs, with gradients where it has them, and strided.
+
+
+def backward_arguments(**changes: object) -> tuple:
+    """The same of attention_backward."""
+    operands, options = (lambda a: (a[:14], a[14:]))(attention_arguments(False, **changes))
+    out, lse = torch.ops.tilewright.attention(*operands, *options)
+    return (torch.ones_like(out), torch.ones_like(lse), *operands, out, lse, *options, True, True)
+
+
 SAMPLES: dict[str, list[Callable[[], tuple]]] = {
     "attention": [
-        lambda: attention_arguments(False, True),
-        lambda: attention_arguments(True, True),
-        lambda: attention_arguments(True, False),
-        lambda: attention_arguments(False, False, q=head_last(2, 4, 3, 8), k=head_last(2, 2, 5, 8)),
+        lambda: attention_arguments(False),
+        lambda: attention_arguments(True),
+        lambda: attention_arguments(False, q=head_last(2, 4, 3, 8), k=head_last(2, 2, 5, 8)),
         lambda: attention_arguments(
-            True, True, mask=torch.rand(2, 1, 3, 5) < 0.5, bias=rand(4, 3, 5, grad=True), sinks=rand(4, grad=True),
+            True, mask=torch.rand(2, 1, 3, 5) < 0.5, bias=rand(4, 3, 5, grad=True), sinks=rand(4, grad=True),
             alibi=torch.rand(4), softcap=2.0, left=3,
         ),
-        lambda: attention_arguments(False, True, k_start=torch.tensor([0, 1]), k_end=torch.tensor([5, 4])),
+        lambda: attention_arguments(True, dropout_p=0.5, seed=torch.tensor([3])),
+        lambda: attention_arguments(
+            True, q=rand(1, 4, 7, 8, grad=True), k=rand(1, 2, 9, 8, grad=True), v=rand(1, 2, 9, 6, grad=True),
+            q_start=torch.tensor([0, 3]), q_end=torch.tensor([3, 7]), k_start=torch.tensor([0, 4]),
+            k_end=torch.tensor([4, 9]),
+        ),
+        lambda: attention_arguments(False, k_start=torch.tensor([0, 1]), k_end=torch.tensor([5, 4])),
+    ],
+    "attention_backward": [
+        lambda: backward_arguments(),
+        lambda: backward_arguments(bias=rand(4, 3, 5), alibi=torch.rand(4), mask=torch.rand(2, 1, 3, 5) < 0.5),
     ],
     "quantized_linear": [
         lambda: linear_arguments(False, "int8"),

@@ -112,7 +112,7 @@ def test_fake_and_meta(q: Tensor) -> None:
         assert out.shape == q.shape and lse.shape == q.shape[:3] and y.shape == (3, 40)
     meta = q.to("meta")
     assert attention(meta, meta, meta).is_meta
-    arguments = (None,) * 6 + (1.0, 0.0, 0, -1, -1)
+    arguments = (None,) * 11 + (1.0, 0.0, 0, -1, -1, 0.0)
     with pytest.raises(ValueError, match="has no memory behind it"):
         _C.attention(fake, fake, fake, *arguments, fake, None)
     with pytest.raises((ValueError, RuntimeError), match="meta"):
@@ -286,7 +286,7 @@ def test_attribute_path_rejects_the_same(q: Tensor, attribute_path: None) -> Non
         quantized_linear(torch.ones(3, 64), replace(WEIGHT, packed=WEIGHT.packed.view(torch.uint4)))
     meta = q.to("meta")
     with pytest.raises((ValueError, RuntimeError), match="no memory"):
-        _C.attention(meta, meta, meta, *(None,) * 6, 1.0, 0.0, 0, -1, -1, meta, None)
+        _C.attention(meta, meta, meta, *(None,) * 11, 1.0, 0.0, 0, -1, -1, 0.0, meta, None)
 
 
 def test_bindings_want_tensors(q: Tensor) -> None:

@@ -120,25 +120,43 @@ struct ScoreTensor {  // broadcast to (batch, heads, seq_q, seq_k) by zero strid
 };
 enum class Causal : uint8_t { none, top_left, bottom_right };
 
+// One sequence of the batch: rows [q_first, q_first + q_count) of q and out at index q_batch of their batch
+// dimension, keys [k_begin, k_end) of row k_batch of k and v (of its row of the block table if there is one).
+struct AttentionSequence {
+  int64_t q_batch = 0, q_first = 0, q_count = 0;
+  int64_t k_batch = 0, k_begin = 0, k_end = 0;
+  int64_t first_block = 0, blocks = 0;  // its key blocks of kKeyBlock, counted over the sequences before it
+};
+// What one call of a kernel works on: a sequence, a KV head and a block of rows or of keys.
+struct AttentionTask {
+  int32_t sequence, head, block;
+};
+
 struct AttentionArgs {
   AttentionTensor q, k, v, out;
-  int64_t batch = 0, heads = 0, kv_heads = 0, seq_q = 0, seq_k = 0, head_dim = 0, v_dim = 0;
-  float* lse = nullptr;          // (batch, heads, seq_q), contiguous
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, v_dim = 0;
+  const AttentionSequence* sequences = nullptr;  // (batch)
+  // Pages: key j of sequence b is row j % page_size of page block_table[b * table_stride + j / page_size].
+  const int32_t* block_table = nullptr;
+  int64_t table_stride = 0, page_size = 0;
+  float* lse = nullptr;  // [q_batch][heads][lse_rows]
+  int64_t lse_rows = 0;
   ScoreTensor mask, bias;        // mask: boolean, true = attend; bias: added after softcap
   const float* alibi = nullptr;  // slopes (batch, heads) or (heads): alibi_batch is 0 then
   int64_t alibi_batch = 0;
-  const float* sinks = nullptr;      // (heads): one more logit in the denominator
-  const int64_t* k_start = nullptr;  // (batch): valid keys are [k_start, k_end); null: [0, seq_k)
-  const int64_t* k_end = nullptr;
+  const float* sinks = nullptr;  // (heads): one more logit in the denominator
   float scale = 1, softcap = 0;  // softcap 0: none
   Causal causal = Causal::none;
   int64_t window_left = -1, window_right = -1;
+  float keep = 1;  // probability that dropout leaves an attention weight; 1: no dropout
+  uint64_t seed = 0;
   // Set by the caller from the shapes:
-  void* packed_k = nullptr;  // prefill: per (batch, kv head, key block); see attention.cpp
+  const AttentionTask* tasks = nullptr;
+  void* packed_k = nullptr;  // prefill: per (sequence, KV head, key block); see attention_prefill.cpp
   void* packed_v = nullptr;
-  uint8_t* v_not_finite = nullptr;  // per (batch, kv head, key block)
-  int64_t key_blocks = 0;           // of kKeyBlock keys from k_start
+  uint8_t* v_not_finite = nullptr;  // per (sequence, KV head, key block)
   float* partials = nullptr;        // decode: [batch * kv_heads][chunks][rows][v_pad + 2]
+  int64_t rows = 0;                 // decode: query rows of the longest sequence's KV head
   int64_t chunks = 0;
 };
 constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that

@@ -142,10 +142,23 @@ TW_INLINE void transpose(F r[W]) {
   TW_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+// Lane i: the sum of the lanes of r[i], in a fixed order.
+TW_INLINE F sum_lanes(const F r[W]) {
+  const F a = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const F b = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
 // --- integers ---
 TW_INLINE I iset1(int32_t x) { return _mm256_set1_epi32(x); }
 TW_INLINE I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
 TW_INLINE I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+TW_INLINE I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
+template <int n>
+TW_INLINE I ishr(I a) {  // zeros shifted in
+  return _mm256_srli_epi32(a, n);
+}
+TW_INLINE I lane_number() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 TW_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 TW_INLINE I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 TW_INLINE void istore(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }

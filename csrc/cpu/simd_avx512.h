@@ -131,10 +131,31 @@ TW_INLINE void transpose(F r[W]) {
   }
 }
 
+// Lane i: the sum of the lanes of r[i], in a fixed order.
+TW_INLINE F sum_lanes(const F r[W]) {
+  const auto quarter = [](F a, F b, F c, F d) {  // a lane of 4: sums of a's, b's, c's, d's lane
+    const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  };
+  const auto halves = [](F a, F b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(quarter(r[0], r[1], r[2], r[3]), quarter(r[4], r[5], r[6], r[7])),
+                halves(quarter(r[8], r[9], r[10], r[11]), quarter(r[12], r[13], r[14], r[15])));
+}
+
 // --- integers ---
 TW_INLINE I iset1(int32_t x) { return _mm512_set1_epi32(x); }
 TW_INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
 TW_INLINE I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+TW_INLINE I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
+template <int n>
+TW_INLINE I ishr(I a) {  // zeros shifted in
+  return _mm512_srli_epi32(a, n);
+}
+TW_INLINE I lane_number() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 TW_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 TW_INLINE I iload(const void* p) { return _mm512_loadu_si512(p); }
 TW_INLINE void istore(void* p, I a) { _mm512_storeu_si512(p, a); }

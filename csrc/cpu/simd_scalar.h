@@ -153,6 +153,12 @@ TW_INLINE void transpose(F r[W]) {
     }
 }
 
+TW_INLINE F sum_lanes(const F r[W]) {  // lane i: the sum of the lanes of r[i]
+  F sums;
+  TW_LANES sums.v[i] = reduce_add(r[i]);
+  return sums;
+}
+
 // --- integers ---
 TW_INLINE I iset1(int32_t x) {
   I r;
@@ -160,12 +166,26 @@ TW_INLINE I iset1(int32_t x) {
   return r;
 }
 TW_INLINE I iadd(I a, I b) {
-  TW_LANES a.v[i] += b.v[i];
+  TW_LANES a.v[i] = int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]));
   return a;
 }
 TW_INLINE I imul(I a, I b) {
-  TW_LANES a.v[i] *= b.v[i];
+  TW_LANES a.v[i] = int32_t(uint32_t(a.v[i]) * uint32_t(b.v[i]));
   return a;
+}
+TW_INLINE I ixor(I a, I b) {
+  TW_LANES a.v[i] ^= b.v[i];
+  return a;
+}
+template <int n>
+TW_INLINE I ishr(I a) {
+  TW_LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> n);
+  return a;
+}
+TW_INLINE I lane_number() {
+  I r;
+  TW_LANES r.v[i] = i;
+  return r;
 }
 TW_INLINE F to_float(I a) {
   F r;

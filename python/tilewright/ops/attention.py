@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
+from tilewright.ops.attention_reference import (
+    CAUSAL,
+    Operands,
+    Options,
+    attention_reference,
+    reference,
+    reference_backward,
+)
 from tilewright.ops.registry import check_backend, check_device, contiguous_last, direct, record_reference, register
 
+__all__ = ["attention", "attention_cached", "attention_packed", "attention_reference", "scaled_dot_product_attention"]
+
 _OP = "attention"
-CAUSAL = (None, "top_left", "bottom_right")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -50,12 +59,14 @@ def attention(
     Returns out (batch, heads, seq_q, v_dim) in q's dtype, with ``return_lse`` also the log of the softmax's
     denominator, float32 (batch, heads, seq_q). A query that may attend to nothing gives 0 and -inf.
 
-    Raises ValueError for shapes, dtypes and values that do not fit, NotImplementedError for dropout and missing
-    backends.
+    dropout_p: each weight is dropped with this probability and the others grow by 1 / (1 - dropout_p); which ones is
+    drawn from torch's default generator.
+
+    Differentiable in q, k, v, bias, an additive mask, alibi_slopes and sinks.
+
+    Raises ValueError for shapes, dtypes and values that do not fit, NotImplementedError for missing backends.
     """
     check_backend(_OP, backend)
-    if dropout_p:
-        raise NotImplementedError(f"{_OP}: dropout_p must be 0, got {dropout_p}; dropout is not supported yet")
     if causal not in CAUSAL:
         raise ValueError(f"{_OP}: causal must be one of {CAUSAL}, got {causal!r}")
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
@@ -69,11 +80,11 @@ def attention(
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
-    tensors = (q, k, v, mask, bias, alibi_slopes, sinks, None, None)
-    options = (scale, softcap or 0.0, CAUSAL.index(causal), left, right)
-    if backend != "reference" and direct(*tensors, out):
+    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=_drawn_seed(dropout_p))
+    options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
+    if backend != "reference" and direct(*operands[:7], out):
         try:  # the kernel checks; where it refuses, the wording for all paths stands in _check_shapes
-            result, lse = _attention(*tensors, *options, return_lse, out)
+            result, lse = _attention(operands, options, return_lse, out)
         except ValueError:
             _check_shapes(q, k, v)
             raise
@@ -84,16 +95,32 @@ def attention(
             f"{_OP}: out must be {q.dtype} of shape {(*q.shape[:3], v.shape[3])}, got {out.dtype} {tuple(out.shape)}"
         )
     if backend == "reference":
-        wide, lse = _reference(*tensors, *options)
+        wide, lse = reference(operands, options)
         result, lse = wide.to(q.dtype), lse.float()
         record_reference(_OP)
     else:
         if out is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
-        result, lse = torch.ops.tilewright.attention(*tensors, *options, True)
+        result, lse = torch.ops.tilewright.attention(*operands, *options)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
+
+
+def attention_packed(
+    operands: Operands, *, scale: float | None = None, softcap: float = 0.0, causal: str | None = None,
+    window: tuple[int, int] = (-1, -1), dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of sequences that are packed, paged or padded as the fields of `Operands` say: (out, lse), laid out
+    as q. Rows of q that belong to no sequence give 0 and -inf. Differentiable where there is no block_table and no
+    k_batch. A seed is drawn where dropout needs one."""
+    if dropout_p and operands.seed is None:
+        operands = operands._replace(seed=_drawn_seed(dropout_p))
+    scale = max(operands.q.size(-1), 1) ** -0.5 if scale is None else scale
+    options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
+    if direct(*operands):
+        return _attention(operands, options, True)
+    return torch.ops.tilewright.attention(*operands, *options)
 
 
 def attention_cached(
@@ -101,14 +128,23 @@ def attention_cached(
 ) -> Tensor:
     """Causal attention over caches that are valid in [k_start[b], k_end[b]) (int64 (batch,)); the queries sit at the
     end of that range. The result for a batch element does not depend on its padding."""
-    tensors = (q, k, v, None, None, None, None, k_start, k_end)
-    options = (scale, 0.0, CAUSAL.index("bottom_right"), left, -1)
-    if not direct(*tensors):
-        return torch.ops.tilewright.attention(*tensors, *options, False)[0]
+    operands = Operands(q, k, v, k_start=k_start, k_end=k_end)
+    options = Options(scale, 0.0, CAUSAL.index("bottom_right"), left)
+    if not direct(*operands):
+        return torch.ops.tilewright.attention(*operands, *options)[0]
     # (batch, seq, heads, v_dim) in memory: the output projection reads it without a copy.
     batch, heads, seq, _ = q.shape
     out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
-    return _attention(*tensors, *options, False, out)[0]
+    return _attention(operands, options, False, out)[0]
+
+
+def _drawn_seed(dropout_p: float) -> Tensor | None:
+    """A seed for dropout from torch's default generator, int64 (1,)."""
+    if not dropout_p:
+        return None
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{_OP}: dropout_p must be a probability in [0, 1], got {dropout_p!r}")
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64)
 
 
 def scaled_dot_product_attention(
@@ -125,8 +161,6 @@ def scaled_dot_product_attention(
 
     Differs from torch where a query may attend to nothing: the row is 0 rather than NaN.
     """
-    if is_causal and attn_mask is not None:
-        raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True")
     dims = query.dim()
     if dims < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError("scaled_dot_product_attention: query, key and value must have at least 2 dimensions")
@@ -164,83 +198,6 @@ def _four_dims(t: Tensor) -> Tensor:
     return t.flatten(0, -4) if t.dim() > 4 else t.reshape((1,) * (4 - t.dim()) + t.shape)
 
 
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: str | None = None,
-    window: tuple[int, int] | None = None,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attention` in float64: (out, lse)."""
-    if mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias.double() + mask.double(), None
-    left, right = (-1, -1) if window is None else window
-    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    tensors = (q, k, v, mask, bias, alibi_slopes, sinks, None, None)
-    return _reference(*tensors, scale, softcap or 0.0, CAUSAL.index(causal), left, right)
-
-
-def _scores(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right):
-    """(raw scores scale * q k^T, scores after softcap and biases with -inf where masked, allowed, distance)."""
-    seq_q, seq_k = q.shape[-2], k.shape[-2]
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
-    raw = (q @ k.transpose(-1, -2)) * scale
-    s = softcap * torch.tanh(raw / softcap) if softcap else raw
-    key = torch.arange(seq_k, device=q.device)
-    start = torch.zeros(1, dtype=torch.int64, device=q.device) if k_start is None else k_start
-    end = torch.full((1,), seq_k, dtype=torch.int64, device=q.device) if k_end is None else k_end
-    start, end = start.view(-1, 1, 1, 1), end.view(-1, 1, 1, 1)
-    query = torch.arange(seq_q, device=q.device).view(-1, 1)
-    diagonal = start + query if causal == 1 else end - seq_q + query
-    allowed = (key >= start) & (key < end)
-    if causal:
-        allowed = allowed & (key <= diagonal)
-    if left >= 0:
-        allowed = allowed & (key >= diagonal - left)
-    if right >= 0:
-        allowed = allowed & (key <= diagonal + right)
-    if mask is not None:
-        allowed = allowed & mask
-    distance = (key - diagonal).abs().to(s.dtype)
-    if alibi is not None:
-        s = s - alibi.to(s.dtype).reshape(-1, alibi.shape[-1], 1, 1) * distance
-    if bias is not None:
-        s = s + bias.to(s.dtype)
-        allowed = allowed & (bias != -torch.inf)
-    return raw, s.masked_fill(~allowed, -torch.inf), allowed, distance
-
-
-def _probabilities(s, sinks):
-    """Softmax over keys with the sink in the denominator; 0 where nothing is attended."""
-    logits = s
-    if sinks is not None:
-        sink = sinks.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:-1], 1)
-        logits = torch.cat([s, sink], -1)
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    p = torch.exp(s - torch.where(lse == -torch.inf, torch.zeros_like(lse), lse))
-    return p, lse
-
-
-def _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right):
-    wide = [t.double() for t in (q, k, v)]
-    _, s, allowed, _ = _scores(*wide, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
-    p, lse = _probabilities(s, sinks)
-    values = wide[2]
-    if values.shape[1] != q.shape[1]:
-        values = values.repeat_interleave(q.shape[1] // max(values.shape[1], 1), 1)
-    # 0 * NaN: a value that no query attends must not leak.
-    seen = allowed.any(-2).unsqueeze(-1).expand(*values.shape[:-1], 1)
-    return p @ torch.where(seen, values, torch.zeros_like(values)), lse.squeeze(-1)
-
-
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
@@ -265,27 +222,45 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _attention(
-    q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse, out=None
-):
+    t: Operands, options: Options, return_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) from the kernel; float64 runs the reference."""
-    if q.dtype is torch.float64 or k.dtype is torch.float64:
-        _check_shapes(q, k, v)
+    if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
+        _check_shapes(t.q, t.k, t.v)
         record_reference(_OP)
-        wide, lse = _reference(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right)
-        wide = wide.to(q.dtype)
+        wide, lse = reference(t, options)
+        wide = wide.to(t.q.dtype)
         return (wide if out is None else out.copy_(wide)), lse.float()
-    q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
-    if bias is not None and bias.dtype is torch.float64:
-        bias = bias.float()
-    if alibi is not None:
-        alibi = alibi.float().contiguous()
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
+    t = _for_kernel(t)
     if out is None:
-        out = _empty_out(q, v)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    _C.attention(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, out, lse)
+        out = _empty_out(t.q, t.v)
+    lse = torch.empty(t.q.shape[:3], dtype=torch.float32) if return_lse else None
+    if t.q_start is not None:  # rows that belong to no sequence
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+    _C.attention(*t, *options, out, lse)
     return out, lse
+
+
+def _for_kernel(t: Operands) -> Operands:
+    """The operands in the dtypes and layouts that the kernels read."""
+    q, k, v, _, bias, alibi, sinks = t[:7]
+    if (
+        q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and (bias is None or bias.dtype is not torch.float64)
+        and alibi is None
+        and sinks is None
+    ):
+        return t
+    return t._replace(
+        q=contiguous_last(q),
+        k=contiguous_last(k),
+        v=contiguous_last(v),
+        bias=bias if bias is None or bias.dtype is not torch.float64 else bias.float(),
+        alibi=None if alibi is None else alibi.float().contiguous(),
+        sinks=None if sinks is None else sinks.float().contiguous(),
+    )
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:
@@ -295,74 +270,65 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q)
 
 
-def _attention_cpu(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse):
-    out, lse = _attention(
-        q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, return_lse
-    )
-    return out, torch.empty(0) if not return_lse else lse
+def _attention_cpu(*arguments):
+    return _attention(Operands(*arguments[:14]), Options(*arguments[14:]), True)
 
 
-def _attention_fake(q, k, v, mask, bias, alibi, sinks, k_start, k_end, scale, softcap, causal, left, right, lse):
-    check_device(_OP, q=q, k=k, v=v, mask=mask, bias=bias, sinks=sinks)
-    out = _empty_out(contiguous_last(q), v)
-    return out, q.new_empty(q.shape[:3] if lse else (0,), dtype=torch.float32)
+def _attention_fake(*arguments):
+    t = Operands(*arguments[:14])
+    check_device(_OP, **{name: x for name, x in t._asdict().items() if name != "seed"})
+    return _empty_out(contiguous_last(t.q), t.v), t.q.new_empty(t.q.shape[:3], dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.options, ctx.return_lse = inputs[9:14], inputs[14]
-    ctx.save_for_backward(*inputs[:9], output[0])
+    ctx.options = Options(*inputs[14:])
+    ctx.save_for_backward(*inputs[:14], *output)
     ctx.set_materialize_grads(False)
 
 
-def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.sum_to_size(like.shape).to(like.dtype)
-
-
 def _backward(ctx, grad_out, grad_lse):
-    """Plain torch, scores materialised: memory grows with seq_q * seq_k."""
-    q, k, v, mask, bias, alibi, sinks, k_start, k_end, out = ctx.saved_tensors
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qw, kw, vw = (t.to(wide) for t in (q, k, v))
-    scale, softcap = ctx.options[0], ctx.options[1]
-    raw, s, _, distance = _scores(qw, kw, vw, mask, bias, alibi, sinks, k_start, k_end, *ctx.options)
-    p, lse = _probabilities(s, sinks)
-    group = q.shape[1] // max(k.shape[1], 1)
-    grad_v = None
-    grad_s = torch.zeros_like(p)
-    grad_sinks = torch.zeros_like(lse)
-    if grad_out is not None:
-        g = grad_out.to(wide)
-        delta = (g * out.to(wide)).sum(-1, keepdim=True)
-        grad_s = p * (g @ vw.repeat_interleave(group, 1).transpose(-1, -2) - delta)
-        grad_v = (p.transpose(-1, -2) @ g).unflatten(1, (-1, group)).sum(2).to(v.dtype)
-        grad_sinks = -delta
-    if grad_lse is not None and ctx.return_lse:
-        g = torch.where(lse == -torch.inf, torch.zeros_like(lse), grad_lse.to(wide).unsqueeze(-1))
-        grad_s = grad_s + p * g
-        grad_sinks = grad_sinks + g
-    grad_alibi = grad_bias = grad_sink = None
-    if bias is not None and bias.requires_grad:
-        grad_bias = _sum_to(grad_s, bias)
-    if alibi is not None and alibi.requires_grad:
-        grad_alibi = _sum_to(-(grad_s * distance).sum((2, 3)), alibi)
-    if sinks is not None:
-        weight = torch.exp(sinks.to(wide).view(1, -1, 1, 1) - lse)
-        weight = torch.where(lse == -torch.inf, torch.zeros_like(weight), weight)
-        grad_sink = (weight * grad_sinks).sum((0, 2, 3)).to(sinks.dtype)
-    if softcap:
-        grad_s = grad_s * (1 - torch.tanh(raw / softcap).square())
-    grad_s = grad_s * scale
-    grad_q = (grad_s @ kw.repeat_interleave(group, 1)).to(q.dtype)
-    grad_k = (grad_s.transpose(-1, -2) @ qw).unflatten(1, (-1, group)).sum(2).to(k.dtype)
-    return grad_q, grad_k, grad_v, None, grad_bias, grad_alibi, grad_sink, *(None,) * 8
+    *tensors, out, lse = ctx.saved_tensors
+    t = Operands(*tensors)
+    if t.block_table is not None or t.k_batch is not None:
+        raise NotImplementedError(f"{_OP}: paged and indexed caches have no gradient; detach q, k and v")
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    needs = ctx.needs_input_grad
+    grads = torch.ops.tilewright.attention_backward(grad_out, grad_lse, *t, out, lse, *ctx.options, needs[4], needs[5])
+    grads = [g if need else None for g, need in zip(grads, (*needs[:3], *needs[4:7]), strict=True)]
+    return *grads[:3], None, *grads[3:], *(None,) * 13
 
+
+def _attention_backward_cpu(grad_out, grad_lse, *arguments):
+    t, options = Operands(*arguments[:14]), Options(*arguments[16:22])
+    return reference_backward(grad_out, grad_lse, t, options)
+
+
+def _attention_backward_fake(grad_out, grad_lse, *arguments):
+    t = Operands(*arguments[:14])
+    found = (t.q, t.k, t.v, t.bias, t.alibi, t.sinks)
+    return [
+        grad_out.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in found
+    ]
+
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi, Tensor? sinks, Tensor? q_start, "
+    "Tensor? q_end, Tensor? k_start, Tensor? k_end, Tensor? k_batch, Tensor? block_table, Tensor? seed"
+)
+_OPTIONS = "float scale, float softcap, int causal, int left, int right, float dropout_p"
 
 register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi, Tensor? sinks, "
-    "Tensor? k_start, Tensor? k_end, float scale, float softcap, int causal, int left, int right, "
-    "bool return_lse) -> (Tensor, Tensor)",
+    f"attention({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _attention_cpu,
     _attention_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+register(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_OPERANDS}, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool needs_bias, bool needs_alibi) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward_cpu,
+    _attention_backward_fake,
 )

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tilewright import _C
-from tilewright.ops.attention import CAUSAL
+from tilewright.ops.attention_reference import CAUSAL, Operands, Options
 from tilewright.quant import QuantizedLinear
 
 Call = Callable[[], object]
@@ -54,8 +54,8 @@ def attention(
     q: Tensor, keys: Tensor, values: Tensor, start: Tensor, end: Tensor, scale: float, left: int, out: Tensor
 ) -> Call:
     """out = `attention_cached`."""
-    options = (scale, 0.0, CAUSAL.index("bottom_right"), left, -1)
-    return partial(_C.attention, q, keys, values, None, None, None, None, start, end, *options, out, None)
+    operands = Operands(q, keys, values, k_start=start, k_end=end)
+    return partial(_C.attention, *operands, *Options(scale, 0.0, CAUSAL.index("bottom_right"), left), out, None)
 
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Call:
