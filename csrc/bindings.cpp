@@ -202,6 +202,24 @@ PYBIND11_MODULE(_C, m) {
               {scale, softcap, causal, window_left, window_right, dropout_p}, out, lse);
         });
       });
+  m.def("attention_backward",
+        [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
+           const TensorView& bias, const TensorView& alibi, const TensorView& sinks,
+           const TensorView& q_start, const TensorView& q_end, const TensorView& k_start,
+           const TensorView& k_end, const TensorView& k_batch, const TensorView& block_table,
+           const TensorView& seed, float scale, float softcap, int causal, int64_t window_left,
+           int64_t window_right, double dropout_p, const TensorView& out, const TensorView& lse,
+           const TensorView& grad_out, const TensorView& grad_lse, const TensorView& delta,
+           const TensorView& grad_q, const TensorView& grad_k, const TensorView& grad_v,
+           const TensorView& grad_bias, const TensorView& grad_alibi, const TensorView& grad_sinks) {
+          launch([&] {
+            attention_backward({q, k, v, mask, bias, alibi, sinks, q_start, q_end, k_start, k_end, k_batch,
+                                block_table, seed},
+                               {scale, softcap, causal, window_left, window_right, dropout_p},
+                               {out, lse, grad_out, grad_lse, delta, grad_q, grad_k, grad_v, grad_bias,
+                                grad_alibi, grad_sinks});
+          });
+        });
   m.def("rope", [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
                    const TensorView& positions, const TensorView& out_q, const TensorView& out_k,
                    bool interleaved, std::optional<int64_t> rotary_dim) {

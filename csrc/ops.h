@@ -47,6 +47,16 @@ struct AttentionOptions {
 };
 void attention(const AttentionInputs& inputs, const AttentionOptions& options, const TensorView& out,
                const TensorView& lse);
+// The gradient of `attention`. out, lse: its results; delta: float32 (batch, heads, seq_q), overwritten.
+// grad_q, grad_k and grad_v have the dtypes of q, k and v, the others are float32; rows and keys of no
+// sequence, and bias elements that nothing reads, are left as they are. Wanted are grad_q, grad_k, grad_v and
+// what is given.
+struct AttentionGradients {
+  const TensorView &out, &lse, &grad_out, &grad_lse, &delta, &grad_q, &grad_k, &grad_v, &grad_bias,
+      &grad_alibi, &grad_sinks;
+};
+void attention_backward(const AttentionInputs& inputs, const AttentionOptions& options,
+                        const AttentionGradients& gradients);
 // rotary_dim absent: twice the last dimension of cos. In place where the outputs are q and k.
 void rope(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
           const TensorView& positions, const TensorView& out_q, const TensorView& out_k, bool interleaved,

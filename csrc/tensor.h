@@ -23,6 +23,14 @@ struct TensorView {
   // Sizes and strides from the end: dim(-1) is the last dimension.
   int64_t dim(int i) const { return shape[i < 0 ? ndim + i : i]; }
   int64_t stride(int i) const { return strides[i < 0 ? ndim + i : i]; }
+  bool is_contiguous() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != expected) return numel() == 0;
+      expected *= shape[i];
+    }
+    return true;
+  }
   int64_t numel() const {
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];

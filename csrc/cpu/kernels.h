@@ -126,6 +126,7 @@ struct AttentionSequence {
   int64_t q_batch = 0, q_first = 0, q_count = 0;
   int64_t k_batch = 0, k_begin = 0, k_end = 0;
   int64_t first_block = 0, blocks = 0;  // its key blocks of kKeyBlock, counted over the sequences before it
+  int64_t first_rows = 0, row_blocks = 0;  // gradient: its blocks of kGradRows rows, likewise
 };
 // What one call of a kernel works on: a sequence, a KV head and a block of rows or of keys.
 struct AttentionTask {
@@ -159,6 +160,28 @@ struct AttentionArgs {
   int64_t rows = 0;                 // decode: query rows of the longest sequence's KV head
   int64_t chunks = 0;
 };
+
+// Gradients from grad_out and grad_lse (absent: null). Those that are not asked for are null.
+struct AttentionGradArgs {
+  AttentionArgs a;
+  AttentionTensor grad_out, grad_q, grad_k, grad_v;
+  const float* grad_lse = nullptr;  // as lse
+  float* grad_bias = nullptr;       // of the bias's own shape, with these strides
+  int64_t bias_batch = 0, bias_head = 0, bias_row = 0, bias_key = 0;
+  float* slopes = nullptr;  // [splits][q_batch][heads][lse_rows]: a row's sum of grad_score * distance
+  float* delta = nullptr;   // as lse: sum of grad_out * out - grad_lse
+  int64_t splits = 1;       // key blocks i, i + splits, ... are one task's
+  int64_t slots = 0;        // elements of q in lse's layout
+  // Per (sequence, KV head, row block): operands of 4-byte elements; see attention_backward.cpp.
+  float* rows = nullptr;
+  // Per (sequence, KV head, key block)
+  float* keys = nullptr;
+  uint8_t* k_not_finite = nullptr;
+  float* partial_q = nullptr;  // [splits][row blocks][kGradRows][padded head_dim]
+  int64_t total_row_blocks = 0;
+};
+constexpr int64_t kGradRows = 64;  // query rows per step of the gradient
+
 constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
 constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
 constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
@@ -167,8 +190,14 @@ constexpr int64_t kDecodeBlock = 64;   // keys per softmax step: their K and V r
 // Bytes a packed K or V block needs, and the scratch of one task, at any level.
 inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
+inline int64_t grad_rows_elements(int64_t q_pad, int64_t v_pad) { return kGradRows * (q_pad + v_pad); }
+inline int64_t grad_keys_elements(int64_t q_pad, int64_t v_pad) { return kKeyBlock * (2 * q_pad + v_pad); }
+inline int64_t grad_scratch_elements(int64_t q_pad, int64_t v_pad) {
+  return kGradRows * kKeyBlock * 4 + kKeyBlock * (2 * q_pad + v_pad);
+}
 
 using AttentionKernel = void (*)(const AttentionArgs&, int64_t task, void* scratch);
+using AttentionGradKernel = void (*)(const AttentionGradArgs&, int64_t task, void* scratch);
 // Rows of a (batch, heads, seq, head_dim) tensor whose last dimension is contiguous; strides count elements.
 struct HeadRows {
   void* base = nullptr;
@@ -251,6 +280,10 @@ TW_DECLARE(attention_pack, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_grad_rows, (const AttentionGradArgs&, int64_t, void*))
+TW_DECLARE(attention_grad_pack, (const AttentionGradArgs&, int64_t, void*))
+TW_DECLARE(attention_grad_keys, (const AttentionGradArgs&, int64_t, void*))
+TW_DECLARE(attention_grad_q, (const AttentionGradArgs&, int64_t, void*))
 TW_DECLARE(norm, (const NormArgs&, int64_t, int64_t))
 TW_DECLARE(rope, (const RopeArgs&, int64_t, int64_t))
 TW_DECLARE(act_mul, (const ActMulArgs&, int64_t, int64_t))

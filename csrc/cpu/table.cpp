@@ -31,15 +31,19 @@ Table make() {
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
   t.prepare_bf16 = pick<PrepareKernel>({{nullptr, Isa::scalar}, {prepare_bf16_avx512bf16, Isa::avx512bf16}});
   t.linear_bf16 = pick<LinearKernel>({{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}});
-#define TW_ATTENTION(op)                                    \
-  t.op = pick<AttentionKernel>({{op##_scalar, Isa::scalar}, \
-                                {op##_avx2, Isa::avx2},     \
-                                {op##_avx512, Isa::avx512}, \
-                                {op##_avx512bf16, Isa::avx512bf16}});
-  TW_ATTENTION(attention_pack)
-  TW_ATTENTION(attention_prefill)
-  TW_ATTENTION(attention_decode)
-  TW_ATTENTION(attention_merge)
+#define TW_ATTENTION(op, Kernel)                   \
+  t.op = pick<Kernel>({{op##_scalar, Isa::scalar}, \
+                       {op##_avx2, Isa::avx2},     \
+                       {op##_avx512, Isa::avx512}, \
+                       {op##_avx512bf16, Isa::avx512bf16}});
+  TW_ATTENTION(attention_pack, AttentionKernel)
+  TW_ATTENTION(attention_prefill, AttentionKernel)
+  TW_ATTENTION(attention_decode, AttentionKernel)
+  TW_ATTENTION(attention_merge, AttentionKernel)
+  TW_ATTENTION(attention_grad_rows, AttentionGradKernel)
+  TW_ATTENTION(attention_grad_pack, AttentionGradKernel)
+  TW_ATTENTION(attention_grad_keys, AttentionGradKernel)
+  TW_ATTENTION(attention_grad_q, AttentionGradKernel)
 #undef TW_ATTENTION
   t.rope = pick<RopeKernel>({{rope_scalar, Isa::scalar}, {rope_avx2, Isa::avx2}, {rope_avx512, Isa::avx512}});
   t.act_mul = pick<ActMulKernel>(

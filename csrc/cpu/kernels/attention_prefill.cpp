@@ -3,73 +3,10 @@
 // flops.
 #include "cpu/simd.h"
 //
-#include "cpu/kernels/attention_rows.h"
+#include "cpu/kernels/attention_pack.h"
 
 namespace tilewright {
 namespace {
-
-// Packed blocks of a sequence stand together, head by head.
-TW_INLINE int64_t packed_index(const AttentionArgs& a, const Sequence& q, int64_t head, int64_t block) {
-  return q.first_block * a.kv_heads + head * q.blocks + block;
-}
-
-// [d / depth][kKeyBlock] elements of keys [first, first + count), zero elsewhere.
-template <class E, class T>
-void pack_k(const T* k, const int64_t* offsets, int64_t d, int64_t count, float* out) {
-  const int64_t depth = E::depth, elements = (d + depth - 1) / depth;
-  for (int64_t key = 0; key < kKeyBlock; key += W) {
-    for (int64_t e = 0; e < elements; e += W) {
-      F block[W];
-      for (int i = 0; i < W; ++i) {
-        const int64_t left = key + i < count ? d - e * depth : 0;
-        const T* p = left > 0 ? k + offsets[key + i] + e * depth : k;
-        if constexpr (E::depth == 2) {
-          if (left >= 2 * W) {
-            block[i] = load(reinterpret_cast<const float*>(p));
-          } else {
-            alignas(64) float pairs[W] = {};
-            if (left > 0) std::memcpy(pairs, p, size_t(left) * 2);
-            block[i] = load(pairs);
-          }
-        } else {
-          block[i] = left >= W ? load(p) : load(p, left > 0 ? int(left) : 0);
-        }
-      }
-      transpose(block);
-      const int rows = int(min64(W, elements - e));
-      for (int i = 0; i < rows; ++i) store(out + (e + i) * kKeyBlock + key, block[i]);
-    }
-  }
-}
-
-// [kKeyBlock / depth][v_pad] elements. Returns whether a value is NaN or infinite.
-template <class E, class T>
-bool pack_v(const T* v, const int64_t* offsets, int64_t d, int64_t v_pad, int64_t count, float* out) {
-  bool bad = false;
-  const auto value = [&](int64_t key, int64_t at) {
-    const int64_t left = key < count ? d - at : 0;
-    const T* p = left > 0 ? v + offsets[key] + at : v;
-    return left >= W ? load(p) : load(p, left > 0 ? int(left) : 0);
-  };
-  for (int64_t key = 0; key < kKeyBlock; key += E::depth)
-    for (int64_t at = 0; at < v_pad; at += W) {
-      float* to = out + key / E::depth * v_pad + at;
-      const F x = value(key, at);
-      bad |= any_not_finite(x);
-      if constexpr (E::depth == 2) {
-#if defined(__AVX512BF16__)
-        const F y = value(key + 1, at);
-        bad |= any_not_finite(y);
-        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
-        const __m512i high = _mm512_castps_si512(y);  // bf16 in the upper half, zeros below
-        _mm512_storeu_si512(to, _mm512_or_si512(low, high));
-#endif
-      } else {
-        store(to, x);
-      }
-    }
-  return bad;
-}
 
 template <class E, class T>
 void pack_task(const AttentionArgs& a, AttentionTask task) {
@@ -81,26 +18,12 @@ void pack_task(const AttentionArgs& a, AttentionTask task) {
   if (used <= 0 || first + kKeyBlock <= lo) return;
   int64_t offsets[kKeyBlock];
   for (int64_t j = 0; j < used; ++j) offsets[j] = key_offset(a, a.k, q, first + j);
-  pack_k<E>(static_cast<const T*>(a.k.data) + task.head * a.k.head, offsets, a.head_dim, used,
-            static_cast<float*>(a.packed_k) + index * packed_block_elements(a.head_dim));
+  pack_transposed<E>(static_cast<const T*>(a.k.data) + task.head * a.k.head, offsets, a.head_dim, used,
+                     static_cast<float*>(a.packed_k) + index * packed_block_elements(a.head_dim));
   for (int64_t j = 0; j < used; ++j) offsets[j] = key_offset(a, a.v, q, first + j);
-  a.v_not_finite[index] =
-      pack_v<E>(static_cast<const T*>(a.v.data) + task.head * a.v.head, offsets, a.v_dim, padded16(a.v_dim),
-                used, static_cast<float*>(a.packed_v) + index * packed_block_elements(a.v_dim));
-}
-
-// A copy of a V block in which keys that no row of the task attends are zero: 0 * NaN must not reach the
-// output.
-template <class E, class P>
-const float* without_unseen(const AttentionArgs& a, const State& s, int64_t rows, int64_t lo, int64_t hi,
-                            const float* v, float* copy) {
-  std::memcpy(copy, v, size_t(kKeyBlock / E::depth * s.v_pad) * 4);
-  for (int64_t key = 0; key < kKeyBlock; ++key) {
-    if (is_seen(a, s, rows, lo, hi, key)) continue;
-    char* row = reinterpret_cast<char*>(copy + key / E::depth * s.v_pad) + (key % E::depth) * sizeof(P);
-    for (int64_t d = 0; d < s.v_pad; ++d) std::memset(row + d * 4, 0, sizeof(P));
-  }
-  return copy;
+  a.v_not_finite[index] = pack_interleaved<E>(
+      static_cast<const T*>(a.v.data) + task.head * a.v.head, offsets, a.v_dim, padded16(a.v_dim), used,
+      static_cast<float*>(a.packed_v) + index * packed_block_elements(a.v_dim));
 }
 
 template <class E, class P>

@@ -1,7 +1,7 @@
 // The register tile that attention's two products share, and the operand kinds it runs on.
 //   C[MR][NV * W] (+)= A[MR][k] * B[k][NV * W]
 // A and B are arrays of 4-byte elements: a float, or two consecutive bf16 of the reduction dimension (for
-// vdpbf16ps). A's element is broadcast, B's row is loaded: no horizontal sums.
+// vdpbf16ps). A's element is broadcast, B's row is loaded: no horizontal sums. A may lie transposed, [k][MR].
 #pragma once
 #include "cpu/simd.h"
 
@@ -32,7 +32,7 @@ struct Bf16Pairs {
 };
 #endif
 
-template <class E, int MR, int NV>
+template <class E, bool Transposed, int MR, int NV>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc,
           bool accumulate) {
   F acc[MR][NV];
@@ -42,7 +42,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, f
   for (int64_t p = 0; p < k; ++p) {
     TW_UNROLL for (int i = 0; i < MR; ++i) {
       TW_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-          E::madd(a + i * lda + p, b + p * ldb + j * W, acc[i][j]);
+          E::madd(Transposed ? a + p * lda + i : a + i * lda + p, b + p * ldb + j * W, acc[i][j]);
     }
   }
   TW_UNROLL for (int i = 0; i < MR; ++i) {
@@ -50,24 +50,26 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, f
   }
 }
 
-template <class E, int NV>
+template <class E, bool Transposed, int NV>
 void tile_rows(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c,
                int64_t ldc, bool accumulate) {
+  const int64_t step = Transposed ? 1 : lda;
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows)
-    tile<E, kTileRows, NV>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
-  for (; i + 2 <= m; i += 2) tile<E, 2, NV>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
-  if (i < m) tile<E, 1, NV>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+    tile<E, Transposed, kTileRows, NV>(a + i * step, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+  for (; i + 2 <= m; i += 2)
+    tile<E, Transposed, 2, NV>(a + i * step, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
+  if (i < m) tile<E, Transposed, 1, NV>(a + i * step, lda, b, ldb, k, c + i * ldc, ldc, accumulate);
 }
 
-// C[m][n] (+)= A[m][k] * B[k][n]; n is a multiple of W.
-template <class E>
+// C[m][n] (+)= A[m][k] * B[k][n]; n is a multiple of W. Transposed: A is given as [k][m].
+template <class E, bool Transposed = false>
 void multiply(int64_t m, int64_t n, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k,
               float* c, int64_t ldc, bool accumulate) {
   int64_t j = 0;
   for (; j + kTileVectors * W <= n; j += kTileVectors * W)
-    tile_rows<E, kTileVectors>(m, a, lda, b + j, ldb, k, c + j, ldc, accumulate);
-  for (; j < n; j += W) tile_rows<E, 1>(m, a, lda, b + j, ldb, k, c + j, ldc, accumulate);
+    tile_rows<E, Transposed, kTileVectors>(m, a, lda, b + j, ldb, k, c + j, ldc, accumulate);
+  for (; j < n; j += W) tile_rows<E, Transposed, 1>(m, a, lda, b + j, ldb, k, c + j, ldc, accumulate);
 }
 
 }  // namespace

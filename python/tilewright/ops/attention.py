@@ -300,17 +300,45 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 def _attention_backward_cpu(grad_out, grad_lse, *arguments):
-    t, options = Operands(*arguments[:14]), Options(*arguments[16:22])
-    return reference_backward(grad_out, grad_lse, t, options)
+    """Gradients of q, k, v, bias, alibi and sinks; empty for those that are absent or not needed."""
+    t, out, lse, options = Operands(*arguments[:14]), *arguments[14:16], Options(*arguments[16:22])
+    needs_bias, needs_alibi = arguments[22:]
+    if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
+        return reference_backward(grad_out, grad_lse, t, options)
+    # Keys and rows that belong to no sequence have a gradient of 0.
+    ragged = t.q_start is not None or t.k_start is not None or t.k_end is not None
+    like = torch.zeros_like if ragged else torch.empty_like
+    contiguous = torch.contiguous_format
+    grads = [like(x, memory_format=contiguous) for x in (t.q, t.k, t.v)]
+    extra = [
+        torch.zeros_like(x, dtype=torch.float32, memory_format=contiguous) if x is not None and needed else None
+        for x, needed in ((t.bias, needs_bias), (t.alibi, needs_alibi), (t.sinks, True))
+    ]
+    kernel = _for_kernel(t)
+    grad_out = contiguous_last(grad_out.to(t.q.dtype))
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    delta = torch.empty_like(lse)
+    _C.attention_backward(
+        *kernel, *options, contiguous_last(out), lse.contiguous(), grad_out, grad_lse, delta, *grads, *extra
+    )
+    empty = grad_out.new_empty(0)
+    wanted = zip((t.bias, t.alibi, t.sinks), extra, strict=True)
+    return *grads, *(empty.clone() if g is None else g.to(x.dtype) for x, g in wanted)
 
 
 def _attention_backward_fake(grad_out, grad_lse, *arguments):
-    t = Operands(*arguments[:14])
-    found = (t.q, t.k, t.v, t.bias, t.alibi, t.sinks)
-    return [
+    t, (needs_bias, needs_alibi) = Operands(*arguments[:14]), arguments[22:]
+    full = t.q.dtype is torch.float64 or t.k.dtype is torch.float64
+    found = (
+        t.q,
+        t.k,
+        t.v,
+        *(x if need or full else None for x, need in ((t.bias, needs_bias), (t.alibi, needs_alibi))),
+    )
+    return tuple(
         grad_out.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in found
-    ]
+        for x in (*found, t.sinks)
+    )
 
 
 _OPERANDS = (
