@@ -185,8 +185,7 @@ constexpr int64_t kGradRows = 64;  // query rows per step of the gradient
 constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
 constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
 constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
-constexpr int64_t kDecodeChunk = 256;  // keys per decode task
-constexpr int64_t kDecodeBlock = 64;   // keys per softmax step: their K and V rows are in L1 when used
+constexpr int64_t kDecodeChunk = 256;  // keys per decode task, and per softmax step
 // Bytes a packed K or V block needs, and the scratch of one task, at any level.
 inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes

@@ -58,7 +58,8 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
     Workspace partials(a.chunks == 1 ? 0 : slots * a.chunks * a.rows * (v_pad + 2) * 4);
     a.partials = partials.floats();
     const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
-    const int64_t bytes = kDecodeRows * (q_ld + 2 * kDecodeBlock + v_pad + 2) * 4;
+    const int64_t v_ld = (a.v_dim + 31) / 32 * 32;
+    const int64_t bytes = kDecodeRows * (q_ld + 2 * kDecodeChunk + v_ld + 2) * 4;
     run_tasks(slots * a.chunks, serial, bytes,
               [&](int64_t task, void* memory) { t.attention_decode.fn(a, task, memory); });
     if (a.chunks > 1)
