@@ -180,7 +180,7 @@ struct AttentionGradArgs {
   float* partial_q = nullptr;  // [splits][row blocks][kGradRows][padded head_dim]
   int64_t total_row_blocks = 0;
 };
-constexpr int64_t kGradRows = 64;  // query rows per step of the gradient
+constexpr int64_t kGradRows = 66;  // query rows per step of the gradient: 11 register tiles of 6
 
 constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
 constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
