@@ -89,8 +89,6 @@ void bf16_special_values() {
   CHECK(bf16_product(16, 0.0f) == 0);  // results
   right[0] = 1.0f;
   CHECK(bf16_product(16, 0.0f) == least);
-  volatile float x = least;
-  CHECK(x / 2 == subnormal);  // the caller's rounding mode is as before
   right[0] = INFINITY;
   CHECK(bf16_product(16, 0.0f) == INFINITY && std::isnan(bf16_product(16, -INFINITY)));
   left[0] = 0;
@@ -270,6 +268,7 @@ void refusals() {
 }  // namespace
 
 int main() {
+  const unsigned rounding = _mm_getcsr();
   bf16_order();
   bf16_special_values();
   bf16_shapes();
@@ -277,6 +276,7 @@ int main() {
   int8_shapes(false, [] { tile_dot_s8u8<C, A, B>(); });
   full_tiles();
   refusals();
+  CHECK(_mm_getcsr() == rounding);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
