@@ -262,12 +262,13 @@ using SampleWeightsKernel = void (*)(const SampleArgs&, int64_t row, int64_t beg
 using PeakKernel = void (*)(int64_t iterations, double& operations);
 using ReadKernel = void (*)(const uint8_t* data, int64_t bytes, int64_t passes);
 
-#define TW_DECLARE(op, ...)      \
-  void op##_scalar __VA_ARGS__;  \
-  void op##_avx2 __VA_ARGS__;    \
-  void op##_avxvnni __VA_ARGS__; \
-  void op##_avx512 __VA_ARGS__;  \
-  void op##_avx512bf16 __VA_ARGS__;
+#define TW_DECLARE(op, ...)         \
+  void op##_scalar __VA_ARGS__;     \
+  void op##_avx2 __VA_ARGS__;       \
+  void op##_avxvnni __VA_ARGS__;    \
+  void op##_avx512 __VA_ARGS__;     \
+  void op##_avx512bf16 __VA_ARGS__; \
+  void op##_amx __VA_ARGS__;
 
 TW_DECLARE(quantise_rows, (const QuantiseArgs&, int64_t, int64_t))
 TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, void*))

@@ -45,14 +45,15 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
     a.lse_rows = in.q.shape[2];
   }
   const Table& t = table();
-  record(kAttention, t.attention_prefill.isa);
+  const bool decode = call.most_rows <= kDecodeRows;
+  record(kAttention, (decode ? t.attention_decode : t.attention_prefill).isa);
   if (a.batch == 0 || a.heads == 0 || call.most_rows == 0 || (a.v_dim == 0 && !a.lse)) return;
 
   const int64_t slots = a.batch * a.kv_heads, v_pad = padded16(a.v_dim);
   // Multiply-adds below which waking the team costs more than it saves.
   constexpr int64_t kSerial = 1 << 18;
   const bool serial = double(call.pairs) * double(a.head_dim + a.v_dim) < kSerial;
-  if (call.most_rows <= kDecodeRows) {
+  if (decode) {
     a.rows = call.most_rows;
     a.chunks = std::max<int64_t>(1, (call.longest + kDecodeChunk - 1) / kDecodeChunk);
     Workspace partials(a.chunks == 1 ? 0 : slots * a.chunks * a.rows * (v_pad + 2) * 4);
