@@ -80,7 +80,7 @@ def attention(
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
-    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=_drawn_seed(dropout_p))
+    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p))
     options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
     if backend != "reference" and direct(*operands[:7], out):
         try:  # the kernel checks; where it refuses, the wording for all paths stands in _check_shapes
@@ -115,7 +115,7 @@ def attention_packed(
     as q. Rows of q that belong to no sequence give 0 and -inf. Differentiable where there is no block_table and no
     k_batch. A seed is drawn where dropout needs one."""
     if dropout_p and operands.seed is None:
-        operands = operands._replace(seed=_drawn_seed(dropout_p))
+        operands = operands._replace(seed=dropout_seed(dropout_p))
     scale = max(operands.q.size(-1), 1) ** -0.5 if scale is None else scale
     options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
     if direct(*operands):
@@ -138,7 +138,7 @@ def attention_cached(
     return _attention(operands, options, False, out)[0]
 
 
-def _drawn_seed(dropout_p: float) -> Tensor | None:
+def dropout_seed(dropout_p: float) -> Tensor | None:
     """A seed for dropout from torch's default generator, int64 (1,)."""
     if not dropout_p:
         return None
