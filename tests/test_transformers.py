@@ -342,16 +342,6 @@ def test_types_that_compute_attention_themselves_say_so() -> None:
         AutoModelForCausalLM.from_config(config, attn_implementation="tilewright")
 
 
-def test_training_with_dropout_is_refused() -> None:
-    model, given = build("bert", "tilewright"), inputs("bert", "none")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
-    first_output(model, given)
-    with pytest.raises(NotImplementedError, match=r"dropout=0\.1 in BertSelfAttention.*not supported yet"):
-        model.train()(**given)
-
-
 def test_attention_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"output_attentions=True.*'eager'"):
         build("llama", "tilewright")(**inputs("llama", "none"), output_attentions=True)
@@ -479,7 +469,6 @@ def test_autocast_takes_mixed_dtypes() -> None:
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"dropout": 0.1}, NotImplementedError, r"dropout=0\.1.*not supported yet"),
         ({"indices": torch.zeros(1)}, NotImplementedError, "indices= .*sparse top-k"),
         ({"block_indices": torch.zeros(1)}, NotImplementedError, "block_indices= .*sparse"),
         ({"cache": object()}, NotImplementedError, "cache= .*paged cache"),

@@ -157,19 +157,25 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's ``F.scaled_dot_product_attention``, argument for argument; query (..., heads, seq, head_dim).
+    """torch's ``F.scaled_dot_product_attention``, argument for argument; query (..., heads, seq, head_dim), leading
+    dimensions broadcast.
 
     Differs from torch where a query may attend to nothing: the row is 0 rather than NaN.
     """
-    dims = query.dim()
-    if dims < 2 or key.dim() < 2 or value.dim() < 2:
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError("scaled_dot_product_attention: query, key and value must have at least 2 dimensions")
-    q, k, v = _four_dims(query), _four_dims(key), _four_dims(value)
-    if not enable_gqa and not q.size(1) == k.size(1) == v.size(1):
-        raise ValueError(
-            "scaled_dot_product_attention: query, key and value must have the same number of heads, got "
-            f"{q.shape[1]}, {k.shape[1]}, {v.shape[1]}; enable_gqa=True lets groups of heads share a key head"
-        )
+    kept = -3 if enable_gqa else -2  # the dimensions from here on do not broadcast
+    if not query.shape[:kept] == key.shape[:kept] == value.shape[:kept]:
+        try:
+            lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
+        except RuntimeError as error:
+            raise ValueError(
+                "scaled_dot_product_attention: the batch and heads of query, key and value must be the same or "
+                f"broadcast, got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; enable_gqa=True lets "
+                "groups of heads share a key head"
+            ) from error
+        query, key, value = (t.expand(*lead, *t.shape[kept:]) for t in (query, key, value))
+    dims, q, k, v = query.dim(), _four_dims(query), _four_dims(key), _four_dims(value)
     mask = attn_mask
     if mask is not None and dims > 4:
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
