@@ -77,6 +77,9 @@ def test_samples(function: Callable, dtype: torch.dtype) -> None:
         for a, b, c in zip(ours, reference, naive, strict=True):
             if dtype == torch.float64:
                 torch.testing.assert_close(a, b)
+            elif dtype == torch.float32:
+                # OpInfo's own tolerance for this op: with scores of 100, a near tie makes one product's last bit count.
+                torch.testing.assert_close(a.double(), b, atol=5e-5, rtol=5e-6)
             else:
                 assert_close(a, b, c, dtype)
     assert seen > 10

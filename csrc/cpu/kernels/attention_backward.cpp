@@ -178,7 +178,7 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
     if constexpr (General) x = line.scores(x, first + j, int(min64(W, s.k_end - first - j)), w.slant);
     if (j < lo) x = keep_below(minus_inf, x, j, lo);
     if (j + W > hi) x = keep_below(x, minus_inf, j, hi);
-    w.p = exp2(mul(fma(x, unit, shift), set1(kLog2e)));
+    w.p = exp(fma(x, unit, shift));
     if (alone) w.p = div(w.p, total);
     w.dropped = w.p;
     w.grad = load(grads + j);
