@@ -8,6 +8,7 @@ import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPac
 
 from tilewright._version import __version__
 from tilewright.ops import (
+    QuantizedKV,
     attention,
     gelu_mul,
     kv_append,
@@ -35,6 +36,7 @@ _LAZY: dict[str, str] = {
 }
 
 __all__ = [
+    "QuantizedKV",
     "QuantizedLinear",
     "QuantizedWeight",
     "__version__",
