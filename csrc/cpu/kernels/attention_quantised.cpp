@@ -29,31 +29,30 @@ template <int P>
 constexpr float kTop = P == 2 ? 127.0f * 256 : 63.0f * 65536;
 
 // Rows in fixed point: x = step * sum over p of 256^(P - 1 - p) * digits[row][p], off by at most step / 2.
-template <int P>
+template <int bits, int P>
 struct Digits {
   int8_t* digits;  // [rows][P][ld]
   int64_t ld;
   float step[kDecodeRows];
-  int32_t start[kDecodeRows][P];  // what takes the codes' offset of 128 out of a dot product
+  int32_t start[kDecodeRows][P];  // what takes the 8-bit codes' offset of 128 out of a dot product
 
   TW_INLINE const int8_t* row(int64_t r) const { return digits + r * P * ld; }
 
   // Row r becomes x[0, n), n a multiple of W. A NaN or infinity gives a step of NaN.
-  TW_INLINE void set(int64_t r, const float* x, int64_t n, int32_t code_offset) {
-    F most = zero();
-    bool bad = false;
+  TW_INLINE void set(int64_t r, const float* x, int64_t n) {
+    F most = zero(), bad = zero();
     for (int64_t i = 0; i < n; i += W) {
       const F v = load(x + i);
       most = max(most, abs(v));
-      bad |= any_not_finite(v);
+      bad = add(bad, sub(v, v));
     }
     int8_t* out = digits + r * P * ld;
     const float top = reduce_max(most);
-    step[r] = bad ? __builtin_nanf("") : top / kTop<P>;
+    step[r] = any_nan(bad) ? __builtin_nanf("") : top * (1.0f / kTop<P>);
+    TW_UNROLL for (int p = 0; p < P; ++p) start[r][p] = 0;
     if (!(step[r] >= 1.17549435e-38f)) {  // nothing there, or no number of normal size
-      if (!bad) step[r] = 0.0f;
+      if (step[r] == step[r]) step[r] = 0.0f;
       std::memset(out, 0, size_t(P * ld));
-      for (int p = 0; p < P; ++p) start[r][p] = 0;
       return;
     }
     const F inverse = set1(kTop<P> / top);
@@ -63,7 +62,7 @@ struct Digits {
       F rest = round_even(mul(load(x + i), inverse));
       TW_UNROLL for (int p = P - 1; p > 0; --p) {
         // Never halfway between two integers, so that the digit is in [-128, 127].
-        const F high = round_even(mul(add(rest, set1(0.5f)), set1(1.0f / 256)));
+        const F high = round_even(fma(rest, set1(1.0f / 256), set1(0.5f / 256)));
         const F digit = fma(high, set1(-256.0f), rest);
         store_s8(out + p * ld + i, digit);
         sums[p] = add(sums[p], digit);
@@ -72,14 +71,16 @@ struct Digits {
       store_s8(out + i, rest);
       sums[0] = add(sums[0], rest);
     }
-    TW_UNROLL for (int p = 0; p < P; ++p) start[r][p] = -code_offset * int32_t(reduce_add(sums[p]));
+    if constexpr (bits == 8) {
+      TW_UNROLL for (int p = 0; p < P; ++p) start[r][p] = -128 * int32_t(reduce_add(sums[p]));
+    }
   }
 };
 
 // out[i][h] = digits of rows [r, r + N) . rows pair_row(pair, h) of a block of codes. The same place `ahead`
 // bytes further on is fetched meanwhile.
 template <int bits, int P, int N>
-TW_INLINE void dot_block(const Digits<P>& x, int64_t r, const uint8_t* codes, int64_t steps, int pair,
+TW_INLINE void dot_block(const Digits<bits, P>& x, int64_t r, const uint8_t* codes, int64_t steps, int pair,
                          int64_t ahead, F out[N][2]) {
   using D = Dot<8>;
   constexpr int64_t kStep = bits * 16;
@@ -121,8 +122,8 @@ TW_INLINE void dot_block(const Digits<P>& x, int64_t r, const uint8_t* codes, in
 
 // f(row, half's first row in the block, step * dot product), for all rows and a whole block.
 template <int bits, int P, class Fn>
-TW_INLINE void for_block(const Digits<P>& x, int64_t rows, const uint8_t* codes, int64_t steps, int64_t ahead,
-                         Fn&& f) {
+TW_INLINE void for_block(const Digits<bits, P>& x, int64_t rows, const uint8_t* codes, int64_t steps,
+                         int64_t ahead, Fn&& f) {
   in_tiles<kRows>(0, rows, [&](int64_t r, auto n) {
     for (int pair = 0; pair < kPairs; ++pair) {
       F dot[n.n][2];
@@ -143,7 +144,7 @@ struct QuantisedDecode {
   const int64_t slot, pad;
   State s;
   float *queries, *row;
-  Digits<P> query, weight;
+  Digits<bits, P> query, weight;
   // 4 bits: a row's product with the minima of the keys, for the group whose scales are in `query`, and of
   // the values.
   float key_constant[kDecodeRows], value_constant[kDecodeRows];
@@ -182,7 +183,7 @@ struct QuantisedDecode {
         store(row + d, mul(x, load(scales + d)));
         sum = fma(x, load(scales + pad + d), sum);
       }
-      query.set(r, row, pad, 0);
+      query.set(r, row, pad);
       key_constant[r] = reduce_add(sum);
     }
   }
@@ -193,15 +194,15 @@ struct QuantisedDecode {
       const int64_t ahead = 2 * kv.k_block_bytes();
       if constexpr (bits == 4) scale_queries(first + j);
       const float* scales = bits == 8 ? kv.token_scales(kv.k_scales, slot, first + j) : nullptr;
-      for_block<bits>(query, t.rows, kv.k_block(slot, first + j), kv.k_steps(), ahead,
-                      [&](int64_t r, int at, F dot) {
-                        F score;
-                        if constexpr (bits == 8)
-                          score = mul(dot, load(scales + at));
-                        else
-                          score = add(dot, set1(key_constant[r]));
-                        store(s.scores + r * s.ld + j + at, score);
-                      });
+      for_block(query, t.rows, kv.k_block(slot, first + j), kv.k_steps(), ahead,
+                [&](int64_t r, int at, F dot) {
+                  F score;
+                  if constexpr (bits == 8)
+                    score = mul(dot, load(scales + at));
+                  else
+                    score = add(dot, set1(key_constant[r]));
+                  store(s.scores + r * s.ld + j + at, score);
+                });
     }
   }
 
@@ -210,14 +211,14 @@ struct QuantisedDecode {
     for (int64_t block = 0; block < kv.v_blocks(); ++block) {
       if (block * 32 % (bits == 8 ? kv.v_blocks() * 32 : kv.group) == 0) weigh(first, block * 32, seen);
       const int64_t ahead = kv.v_blocks() * kv.v_block_bytes();
-      for_block<bits>(weight, t.rows, kv.v_block(slot, first, block), (coded + 3) / 4, ahead,
-                      [&](int64_t r, int at, F dot) {
-                        const int64_t channel = block * 32 + at;
-                        if (channel >= pad) return;
-                        float* out = s.out + r * pad + channel;
-                        if constexpr (bits == 4) dot = add(dot, set1(value_constant[r]));
-                        store(out, add(load(out), dot));
-                      });
+      for_block(weight, t.rows, kv.v_block(slot, first, block), (coded + 3) / 4, ahead,
+                [&](int64_t r, int at, F dot) {
+                  const int64_t channel = block * 32 + at;
+                  if (channel >= pad) return;
+                  float* out = s.out + r * pad + channel;
+                  if constexpr (bits == 4) dot = add(dot, set1(value_constant[r]));
+                  store(out, add(load(out), dot));
+                });
     }
   }
 
@@ -238,7 +239,7 @@ struct QuantisedDecode {
         }
         store(row + j, select_nonzero(seen + j, W, mul(load(p + j), scale), zero()));
       }
-      weight.set(r, row, kDecodeBlock, bits == 8 ? 128 : 0);
+      weight.set(r, row, kDecodeBlock);
       if constexpr (bits == 4) value_constant[r] = reduce_add(sum);
     }
   }
@@ -273,7 +274,7 @@ struct QuantisedDecode {
   void run() {
     t.start(queries, pad, s);
     if constexpr (bits == 8) {
-      for (int64_t r = 0; r < t.rows; ++r) query.set(r, queries + r * pad, pad, 128);
+      for (int64_t r = 0; r < t.rows; ++r) query.set(r, queries + r * pad, pad);
     }
     for (int64_t first = t.begin; first < min64(t.hi, t.end); first += kDecodeBlock) {
       if (first + kDecodeBlock <= t.lo) continue;
@@ -284,10 +285,13 @@ struct QuantisedDecode {
       softmax_rows<float>(a, s, t.rows, t.b, t.h, 0, first, count);
       // Keys that no row attends do not count, whatever their scales are.
       uint8_t seen[kDecodeBlock];
-      for (int64_t j = 0; j < kDecodeBlock; ++j)
-        seen[j] = j < count && is_seen(a, s, t.rows, t.lo - first, t.hi - first, j);
+      for (int64_t j = 0; j < kDecodeBlock; ++j) seen[j] = j >= t.lo - first && j < count;
+      if (is_general(a)) {
+        for (int64_t j = 0; j < count; ++j)
+          if (seen[j]) seen[j] = is_seen(a, s, t.rows, 0, count, j);
+      }
       if constexpr (bits == 4) add_tail_values(first, coded, count, seen);
-      std::memset(seen + coded, 0, size_t(kDecodeBlock - coded));
+      for (int64_t j = coded; j < kDecodeBlock; ++j) seen[j] = 0;
       if (coded > 0) add_coded_values(first, coded, seen);
     }
     t.finish(s);
