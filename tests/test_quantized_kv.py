@@ -487,6 +487,7 @@ def test_tampered_tensors_are_refused() -> None:
             attention(q, broken)
 
 
+@pytest.mark.compiles
 def test_registration() -> None:
     for bits in BITS:
         kv = filled(*random_kv(2, 2, 40, 16), bits, spare=40)
@@ -498,6 +499,7 @@ def test_registration() -> None:
         )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("bits", BITS)
 def test_compiles_whole(bits: int) -> None:
     def step(q: Tensor, kv: QuantizedKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
