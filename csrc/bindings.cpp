@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
       if (has(static_cast<Isa>(i))) found.append(name_of(static_cast<Isa>(i)));
     return found;
   });
+  m.def("amx_is_emulated", &amx_is_emulated);
   m.def("last_impl", [](const std::string& op) -> py::object {
     const char* s = last_implementation(op.c_str());
     return s ? py::object(py::str(s)) : py::none();

@@ -265,6 +265,19 @@ def test_poisoned_surroundings(seq_q: int, head_dim: int, dtype: torch.dtype) ->
     assert_padding_intact(out)
 
 
+@pytest.mark.parametrize("head_dim", [1, 16, 17, 33, 48, 100])
+def test_memory_that_another_call_left(head_dim: int, dtype: torch.dtype) -> None:
+    """Packed operands are padded in memory that threads keep from call to call: NaN there must not show."""
+    for seq_q, seq_k in ((1, 40), (20, 40), (33, 129), (48, 17)):
+        q, k, v = (random(1, 2, n, head_dim, dtype=dtype) for n in (seq_q, seq_k, seq_k))
+        expected = attention(q, k, v, return_lse=True)
+        nan = torch.full((1, 2, 300, 256), NAN, dtype=dtype)
+        assert attention(nan[:, :, : seq_q * 2], nan, nan).isnan().all()
+        for out, same in zip(attention(q, k, v, return_lse=True), expected, strict=True):
+            assert not out.isnan().any()
+            assert_same_bits(out, same)
+
+
 @pytest.mark.parametrize("seq_q", [1, 40])
 def test_masks_and_biases_at_any_stride(seq_q: int) -> None:
     q, k, v = (random(2, 3, n, 16) for n in (seq_q, 70, 70))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -235,9 +236,11 @@ def test_chat_on_a_terminal() -> None:
         os.write(master, f"{QUESTION}\n".encode())
         wait_for(rb"France\?\r\n[\s\S]+\n[^\n]*> ")  # the prompt after the answer: the echo repeats the one before it
         # A signal between the prompt and readline's wait for input is noticed with the next one only.
-        while process.poll() is None:
+        for _ in range(6):
             process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
         assert process.returncode == 130
     finally:
         process.kill()

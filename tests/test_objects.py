@@ -158,7 +158,7 @@ def above(path: Path, level: str) -> dict[str, str]:
 @needs_objects
 def test_no_instruction_above_the_level() -> None:
     paths = objects()
-    assert {level_of(p) for p in paths} >= {"scalar", "avx2", "avxvnni", "avx512", "avx512bf16"}
+    assert {level_of(p) for p in paths} >= {"scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx"}
     wrong = {str(p): found for p in paths if (found := above(p, level_of(p)))}
     assert not wrong
 
@@ -166,7 +166,7 @@ def test_no_instruction_above_the_level() -> None:
 @needs_objects
 @pytest.mark.parametrize("level, lower, finds", [
     ("avx2", "scalar", "avx2"), ("avxvnni", "avx2", "avxvnni"), ("avx512", "avxvnni", "avx512"),
-    ("avx512bf16", "avx512", "avx512bf16"),
+    ("avx512bf16", "avx512", "avx512bf16"), ("amx", "avx512bf16", "amx"),
 ])  # fmt: skip
 def test_the_check_finds_what_a_level_adds(level: str, lower: str, finds: str) -> None:
     """The same objects held to the level below must be reported, or the check above proves nothing."""
@@ -190,6 +190,30 @@ def test_kernels_export_only_their_own_strong_names() -> None:
             if kind in "WVwvu" or (kind.isupper() and not name.split("(")[0].endswith(f"_{level}")):
                 wrong.append(f"{path.name} ({level}): {kind} {name}")
     assert not wrong
+
+
+@needs_objects
+def test_amx_tiles() -> None:
+    """What the emulated build cannot show: that the instructions are there, each with its operands in their order
+    (objdump names B's tile, A's, C's; attention_tile.h keeps C in 0-3, A in 4 and 5, B in 6 and 7)."""
+    (path,) = (p for p in objects() if level_of(p) == "amx" and p.name == "attention_prefill.cpp.o")
+    found = [m.groups() for line in run("objdump", "-d", "--no-show-raw-insn", str(path)) if (m := _LINE.match(line))]
+    tiles = [(name, operands.strip()) for _, name, operands in found if _AMX.fullmatch(name)]
+    assert {name for name, _ in tiles} == {
+        "ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"
+    }  # fmt: skip
+    products = {operands for name, operands in tiles if name == "tdpbf16ps"}
+    assert products == {f"%tmm{6 + j},%tmm{4 + i},%tmm{2 * i + j}" for i in (0, 1) for j in (0, 1)}
+    assert all(re.match(r"%tmm[0-3],", operands) for name, operands in tiles if name == "tilestored")
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+def test_no_wheel_holds_an_emulated_amx(tmp_path: Path) -> None:
+    """scikit-build-core sets SKBUILD; the emulation is refused there."""
+    source = Path(__file__).parent.parent
+    command = ["cmake", "-S", source, "-B", tmp_path, "-DSKBUILD=2", "-DTILEWRIGHT_EMULATE_AMX=ON"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "a wheel must not hold an emulated AMX" in done.stderr
 
 
 @needs_objects

@@ -246,15 +246,46 @@ def test_transformer_encoder_layer_trains() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_says_that_it_is_not_supported_yet() -> None:
-    q, k, v = torch.randn(3, 1, 2, 4, 8)
-    layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.1, batch_first=True)
+def test_dropout_drops_and_scales() -> None:
+    """Values of 1 give the sum of the kept weights: 1 on average, 0 if all are dropped."""
+    q, k, v = torch.randn(2, 4, 64, 8), torch.randn(2, 4, 200, 8), torch.ones(2, 4, 200, 8)
+    forget_last_impl()
     with patch_sdpa():
-        with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5 is not supported yet"):
-            F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-        with pytest.raises(NotImplementedError, match="dropout"):
-            layer.train()(torch.randn(1, 5, 32))
-        layer.eval()(torch.randn(1, 5, 32))
+        torch.manual_seed(1)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+        torch.manual_seed(1)
+        again = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+        other = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+        none = F.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+        with pytest.raises(ValueError, match=r"dropout_p must be a probability in \[0, 1\], got 1\.5"):
+            F.scaled_dot_product_attention(q, k, v, dropout_p=1.5)
+    assert ours_ran()
+    assert torch.equal(out, again) and not torch.equal(out, other)
+    assert 0.02 < out.std() < 0.3 and abs(out.mean() - 1) < 0.02
+    assert (none == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_dropout_in_forward_and_backward_is_the_same(mask: bool, backend: str) -> None:
+    """out is linear in v whatever is dropped, so <grad_v, v> = <grad_out, out>, if both dropped the same weights."""
+    q, k, v = (torch.randn(2, 3, n, 16, requires_grad=True) for n in (40, 70, 70))
+    options = {"attn_mask": torch.rand(40, 70) < 0.8} if mask else {"is_causal": True}
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, **options)
+
+    torch._dynamo.reset()
+    step = function if backend == "eager" else torch.compile(function, fullgraph=True, backend=backend)
+    with patch_sdpa():
+        outs = [step(q, k, v) for _ in range(2)]
+    assert not torch.equal(*outs), "the seed became a constant"
+    for out in outs:
+        weight = torch.randn_like(out)
+        grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        torch.testing.assert_close((grads[2] * v).sum(), (out * weight).sum(), rtol=1e-4, atol=1e-3)
+        # In q and k the softmax's invariances hold: moving all keys by one vector changes nothing.
+        assert grads[1].sum(-2).abs().max() < 1e-3 < grads[1].abs().max() and grads[0].abs().max() > 1e-3
 
 
 def served_by_torch() -> dict[str, Callable[[], Tensor]]:

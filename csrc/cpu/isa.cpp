@@ -35,6 +35,12 @@ unsigned long long xcr0() {
   return (static_cast<unsigned long long>(hi) << 32) | lo;
 }
 
+#if defined(TILEWRIGHT_EMULATE_AMX)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 bool amx_permitted() {
   constexpr long kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
@@ -47,7 +53,6 @@ struct Levels {
     if (!bit(one.c, 27)) return;  // OSXSAVE
     const auto saved = xcr0();
     const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
-    const bool tiles = (saved & 0x60000) == 0x60000;
     auto set = [&](Isa level, bool value) { has[static_cast<int>(level)] = value; };
     const bool avx2 = ymm && bit(one.c, 28) && bit(seven.b, 5) && bit(one.c, 12) && bit(one.c, 29);
     const bool avx512 = avx2 && zmm && bit(seven.b, 16) && bit(seven.b, 30) && bit(seven.b, 17) &&
@@ -57,8 +62,9 @@ struct Levels {
     set(Isa::avxvnni, avx2 && bit(seven_one.a, 4));
     set(Isa::avx512, avx512);
     set(Isa::avx512bf16, avx512bf16);
-    set(Isa::amx,
-        avx512bf16 && tiles && bit(seven.d, 24) && bit(seven.d, 25) && bit(seven.d, 22) && amx_permitted());
+    const bool tiles =
+        (saved & 0x60000) == 0x60000 && bit(seven.d, 24) && bit(seven.d, 25) && bit(seven.d, 22);
+    set(Isa::amx, avx512bf16 && (kEmulated || (tiles && amx_permitted())));
   }
 };
 
@@ -84,6 +90,7 @@ Isa choose() {
 
 const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
 bool has(Isa isa) { return levels().has[static_cast<int>(isa)]; }
+bool amx_is_emulated() { return kEmulated; }
 
 Isa detected() {
   int best = 0;

@@ -183,13 +183,12 @@ struct AttentionGradArgs {
   float* partial_q = nullptr;  // [splits][row blocks][kGradRows][padded head_dim]
   int64_t total_row_blocks = 0;
 };
-constexpr int64_t kGradRows = 64;  // query rows per step of the gradient
+constexpr int64_t kGradRows = 66;  // query rows per step of the gradient: 11 register tiles of 6
 
 constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
 constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
 constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
-constexpr int64_t kDecodeChunk = 256;  // keys per decode task
-constexpr int64_t kDecodeBlock = 64;   // keys per softmax step: their K and V rows are in L1 when used
+constexpr int64_t kDecodeChunk = 256;  // keys per decode task, and per softmax step
 // Bytes a packed K or V block needs, and the scratch of one task, at any level.
 inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
@@ -266,12 +265,13 @@ using SampleWeightsKernel = void (*)(const SampleArgs&, int64_t row, int64_t beg
 using PeakKernel = void (*)(int64_t iterations, double& operations);
 using ReadKernel = void (*)(const uint8_t* data, int64_t bytes, int64_t passes);
 
-#define TW_DECLARE(op, ...)      \
-  void op##_scalar __VA_ARGS__;  \
-  void op##_avx2 __VA_ARGS__;    \
-  void op##_avxvnni __VA_ARGS__; \
-  void op##_avx512 __VA_ARGS__;  \
-  void op##_avx512bf16 __VA_ARGS__;
+#define TW_DECLARE(op, ...)         \
+  void op##_scalar __VA_ARGS__;     \
+  void op##_avx2 __VA_ARGS__;       \
+  void op##_avxvnni __VA_ARGS__;    \
+  void op##_avx512 __VA_ARGS__;     \
+  void op##_avx512bf16 __VA_ARGS__; \
+  void op##_amx __VA_ARGS__;
 
 TW_DECLARE(quantise_rows, (const QuantiseArgs&, int64_t, int64_t))
 TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, void*))

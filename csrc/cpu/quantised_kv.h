@@ -7,9 +7,11 @@
 
 namespace tilewright {
 
-// Tokens [0, quantised) are codes, in tiles of 64; with 4 bits the newest ones, [quantised, length), are bf16
-// rows (the tail). A slot is a batch element's KV head. Codes stand in blocks of 32 rows as in PackedWeight,
-// so that no product needs a horizontal sum:
+constexpr int64_t kTileKeys = 64;
+
+// Tokens [0, quantised) are codes, in tiles of kTileKeys = 64; with 4 bits the newest ones, [quantised,
+// length), are bf16 rows (the tail). A slot is a batch element's KV head. Codes stand in blocks of 32 rows as
+// in PackedWeight, so that no product needs a horizontal sum:
 //   keys     [slots][tiles][2][k_steps()] steps: the rows are 32 tokens, a step holds 4 channels of each
 //   values   [slots][tiles][v_blocks()][16] steps: the rows are 32 channels, a step holds 4 tokens of each
 //   a step   8 bits: [32 rows][4] bytes, code + 128; 4 bits: [16][4] bytes, row r in the low nibble and row
@@ -63,10 +65,10 @@ struct QuantisedKv {
 };
 
 // Scratch of a decode task: queries, scores, probabilities, out, max, sum and a row in fp32, and the
-// fixed-point forms of queries and weights.
+// fixed-point forms of queries and of a tile's weights.
 inline int64_t quantised_decode_bytes(int64_t head_dim) {
-  const int64_t pad = padded16(head_dim), row = pad > kDecodeBlock ? pad : kDecodeBlock;
-  return (kDecodeRows * (2 * pad + 2 * kDecodeBlock + 2) + row) * 4 + kDecodeRows * 3 * (pad + kDecodeBlock);
+  const int64_t pad = padded16(head_dim), row = pad > kTileKeys ? pad : kTileKeys;
+  return (kDecodeRows * (2 * pad + 2 * kDecodeChunk + 2) + row) * 4 + kDecodeRows * 3 * (pad + kTileKeys);
 }
 
 }  // namespace tilewright

@@ -16,7 +16,10 @@
 #endif
 
 #if defined(__AVX512F__)
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__) || defined(TILEWRIGHT_EMULATE_AMX)
+#define TW_TILES
+#define TW_LEVEL amx
+#elif defined(__AVX512BF16__)
 #define TW_LEVEL avx512bf16
 #else
 #define TW_LEVEL avx512

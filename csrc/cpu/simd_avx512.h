@@ -131,19 +131,22 @@ TW_INLINE void transpose(F r[W]) {
   }
 }
 
+// Each lane of 128 bits: the sums of that lane of a, b, c and d.
+TW_INLINE F sum_quarters(F a, F b, F c, F d) {
+  const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+// Lanes of 128 bits: a's pairs added, then b's.
+TW_INLINE F sum_halves(F a, F b) {
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
 // Lane i: the sum of the lanes of r[i], in a fixed order.
 TW_INLINE F sum_lanes(const F r[W]) {
-  const auto quarter = [](F a, F b, F c, F d) {  // a lane of 4: sums of a's, b's, c's, d's lane
-    const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  };
-  const auto halves = [](F a, F b) {
-    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return halves(halves(quarter(r[0], r[1], r[2], r[3]), quarter(r[4], r[5], r[6], r[7])),
-                halves(quarter(r[8], r[9], r[10], r[11]), quarter(r[12], r[13], r[14], r[15])));
+  return sum_halves(
+      sum_halves(sum_quarters(r[0], r[1], r[2], r[3]), sum_quarters(r[4], r[5], r[6], r[7])),
+      sum_halves(sum_quarters(r[8], r[9], r[10], r[11]), sum_quarters(r[12], r[13], r[14], r[15])));
 }
 
 // --- integers ---

@@ -31,13 +31,13 @@ Table make() {
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
   t.prepare_bf16 = pick<PrepareKernel>({{nullptr, Isa::scalar}, {prepare_bf16_avx512bf16, Isa::avx512bf16}});
   t.linear_bf16 = pick<LinearKernel>({{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}});
-#define TW_ATTENTION(op, Kernel)                   \
+#define TW_ATTENTION(op, Kernel, ...)              \
   t.op = pick<Kernel>({{op##_scalar, Isa::scalar}, \
                        {op##_avx2, Isa::avx2},     \
                        {op##_avx512, Isa::avx512}, \
-                       {op##_avx512bf16, Isa::avx512bf16}});
-  TW_ATTENTION(attention_pack, AttentionKernel)
-  TW_ATTENTION(attention_prefill, AttentionKernel)
+                       {op##_avx512bf16, Isa::avx512bf16} __VA_OPT__(, ) __VA_ARGS__});
+  TW_ATTENTION(attention_pack, AttentionKernel, {attention_pack_amx, Isa::amx})
+  TW_ATTENTION(attention_prefill, AttentionKernel, {attention_prefill_amx, Isa::amx})
   TW_ATTENTION(attention_decode, AttentionKernel)
   TW_ATTENTION(attention_merge, AttentionKernel)
   TW_ATTENTION(attention_pack_quantised, AttentionKernel)

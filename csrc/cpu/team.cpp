@@ -5,6 +5,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -280,16 +281,24 @@ void detail::run(int64_t n, int64_t grain, bool dynamic, Task task, void* contex
   task(context, 0, n);
 }
 
+void* allocate(int64_t bytes) {
+  constexpr int64_t kHuge = 2 << 20;
+  const int64_t unit = bytes < kHuge ? 4096 : kHuge, size = (bytes + unit - 1) / unit * unit;
+  void* p = std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(size));
+  if (!p) throw std::bad_alloc();
+  if (unit == kHuge)
+    madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);  // advice: its failure changes nothing
+  return p;
+}
+
 void* scratch(Scratch slot, int64_t bytes) {
   thread_local Buffer buffers[static_cast<int>(Scratch::count)];
   Buffer& b = buffers[static_cast<int>(slot)];
   if (b.size < bytes) {
     std::free(b.data);
     b.size = 0;
-    const int64_t size = (bytes + 4095) / 4096 * 4096;
-    b.data = std::aligned_alloc(64, static_cast<size_t>(size));
-    if (!b.data) throw std::bad_alloc();
-    b.size = size;
+    b.data = allocate(bytes);
+    b.size = bytes;
   }
   return b.data;
 }

@@ -45,6 +45,10 @@ void parallel_tasks(int64_t n, F&& f) {
       const_cast<std::remove_const_t<Fn>*>(&f));
 }
 
+// Memory for free(), in huge pages where it is large and the system has them: packed operands are walked
+// through again and again, and filling small pages takes as long as a product. Throws std::bad_alloc.
+void* allocate(int64_t bytes);
+
 // 64-byte aligned memory of this thread, kept for the next call with the same slot; contents undefined.
 // Slots keep apart what one kernel needs at the same time.
 enum class Scratch : int { operands, panel, partial, count };

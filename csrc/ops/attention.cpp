@@ -48,23 +48,25 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
   }
   a.kv = in.quantised;
   const Table& t = table();
-  record(kAttention, t.attention_prefill.isa);
+  const bool decode = call.most_rows <= kDecodeRows;
+  record(kAttention, (decode ? t.attention_decode : t.attention_prefill).isa);
   if (a.batch == 0 || a.heads == 0 || call.most_rows == 0 || (a.v_dim == 0 && !a.lse)) return;
 
   const int64_t slots = a.batch * a.kv_heads, v_pad = padded16(a.v_dim);
   // Multiply-adds below which waking the team costs more than it saves.
   constexpr int64_t kSerial = 1 << 18;
   const bool serial = double(call.pairs) * double(a.head_dim + a.v_dim) < kSerial;
-  if (call.most_rows <= kDecodeRows) {
+  if (decode) {
     a.rows = call.most_rows;
     a.chunks = std::max<int64_t>(1, (call.longest + kDecodeChunk - 1) / kDecodeChunk);
     Workspace partials(a.chunks == 1 ? 0 : slots * a.chunks * a.rows * (v_pad + 2) * 4);
     a.partials = partials.floats();
     const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
+    const int64_t v_ld = (a.v_dim + 31) / 32 * 32;
     const int64_t bytes =
-        a.kv ? quantised_decode_bytes(a.head_dim) : kDecodeRows * (q_ld + 2 * kDecodeBlock + v_pad + 2) * 4;
-    const AttentionKernel decode = a.kv ? t.attention_decode_quantised.fn : t.attention_decode.fn;
-    run_tasks(slots * a.chunks, serial, bytes, [&](int64_t task, void* memory) { decode(a, task, memory); });
+        a.kv ? quantised_decode_bytes(a.head_dim) : kDecodeRows * (q_ld + 2 * kDecodeChunk + v_ld + 2) * 4;
+    const AttentionKernel chunk = a.kv ? t.attention_decode_quantised.fn : t.attention_decode.fn;
+    run_tasks(slots * a.chunks, serial, bytes, [&](int64_t task, void* memory) { chunk(a, task, memory); });
     if (a.chunks > 1)
       run_tasks(slots * a.rows, serial, v_pad * 4,
                 [&](int64_t task, void* memory) { t.attention_merge.fn(a, task, memory); });

@@ -39,12 +39,11 @@ std::vector<AttentionTask> key_tasks(const AttentionCall& call);
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
-    constexpr int64_t kKept = 64 << 20;
+    constexpr int64_t kKept = 128 << 20;
     if (bytes <= kKept) {
       data_ = scratch(Scratch::operands, std::max<int64_t>(bytes, 64));
     } else {
-      owned_.reset(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
-      if (!owned_) throw std::bad_alloc();
+      owned_.reset(allocate(bytes));
       data_ = owned_.get();
     }
   }

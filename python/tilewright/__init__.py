@@ -6,6 +6,7 @@ import importlib
 
 import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPack exchange table)
 
+from tilewright import flash_attn
 from tilewright._version import __version__
 from tilewright.ops import (
     QuantizedKV,
@@ -41,6 +42,7 @@ __all__ = [
     "QuantizedWeight",
     "__version__",
     "attention",
+    "flash_attn",
     "gelu_mul",
     "get_num_threads",
     "info",

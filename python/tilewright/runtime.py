@@ -41,14 +41,18 @@ def info() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "isa_found": _C.isa_found(),
-        "isa": _C.isa(),
+        "isa_found": [_described(level) for level in _C.isa_found()],
+        "isa": _described(_C.isa()),
         "cpus_usable": _C.usable_cpus(),
         "threads": _C.get_num_threads(),
         "cuda": "not built",
         "triton": "not built",
         "dlpack_c_exchange": _C.uses_dlpack(),
     }
+
+
+def _described(level: str) -> str:
+    return "amx (emulated)" if level == "amx" and _C.amx_is_emulated() else level
 
 
 def _cpu_name() -> str:

@@ -163,26 +163,57 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
   }
   const ScoreRow line(a, s, b, head, query);
   const DropoutRow dropout = a.keep < 1.0f ? dropout_row(a.seed, b, head, query) : DropoutRow{};
-  const F shift = set1(-lse), delta = set1(g.delta[place]), minus_inf = set1(kMinusInf);
-  const F unit = set1(score_unit(a)), scale = set1(a.scale);
+  const F shift = set1(-lse), minus_inf = set1(kMinusInf), unit = set1(score_unit(a)), scale = set1(a.scale);
   const F grown = set1(a.keep > 0 ? 1.0f / a.keep : 0.0f);
-  F slope_sum = zero();
-  for (int64_t j = from; j < width; j += W) {
-    F x = load(scores + j), slant = set1(1.0f);
-    if constexpr (General) x = line.scores(x, first + j, int(min64(W, s.k_end - first - j)), slant);
+  struct Weights {
+    F p, dropped, grad, slant;
+    F attended;  // finite scores: what is masked may have a NaN for its gradient
+  };
+  F total = set1(1.0f);
+  const bool alone = s.blocks == 1;  // all keys of the row are in this block
+  const auto weights = [&](int64_t j) {
+    Weights w;
+    w.slant = set1(1.0f);
+    F x = load(scores + j);
+    if constexpr (General) x = line.scores(x, first + j, int(min64(W, s.k_end - first - j)), w.slant);
     if (j < lo) x = keep_below(minus_inf, x, j, lo);
     if (j + W > hi) x = keep_below(x, minus_inf, j, hi);
-    const F p = exp2(mul(fma(x, unit, shift), set1(kLog2e)));
-    F weight = p, grad = load(grads + j);
+    w.p = exp(fma(x, unit, shift));
+    if (alone) w.p = div(w.p, total);
+    w.dropped = w.p;
+    w.grad = load(grads + j);
     if (a.keep < 1.0f) {
       const int64_t key = first - s.k_begin + j;
-      weight = mul(drop(dropout, a.keep, key, p), grown);
-      grad = mul(drop(dropout, a.keep, key, grad), grown);
+      w.dropped = mul(drop(dropout, a.keep, key, w.p), grown);
+      w.grad = mul(drop(dropout, a.keep, key, w.grad), grown);
     }
-    F ds = mul(p, sub(grad, delta));
-    // What is masked may be NaN: its weight and gradient are 0.
-    ds = select_less(x, set1(-3.4028234663852886e38f), zero(), ds);
-    store(scores + j, weight);
+    w.attended = x;
+    return w;
+  };
+  const auto or_zero = [](const Weights& w, F y) {
+    return select_less(w.attended, set1(-3.4028234663852886e38f), zero(), y);
+  };
+  if (alone) {
+    // The softmax anew and delta from it, not from lse and `out`: their rounding counts where few keys are
+    // attended.
+    F sum = zero();
+    for (int64_t j = from; j < width; j += W) sum = add(sum, weights(j).p);
+    float sink[W] = {};
+    if (a.sinks) store(sink, exp(set1(a.sinks[head] - lse)));
+    total = set1(reduce_add(sum) + sink[0]);
+    sum = zero();
+    for (int64_t j = from; j < width; j += W) {
+      const Weights w = weights(j);
+      sum = add(sum, or_zero(w, mul(w.p, w.grad)));
+    }
+    g.delta[place] = reduce_add(sum) - (g.grad_lse ? g.grad_lse[place] : 0.0f);
+  }
+  const F delta = set1(g.delta[place]);
+  F slope_sum = zero();
+  for (int64_t j = from; j < width; j += W) {
+    const Weights w = weights(j);
+    const F ds = or_zero(w, mul(w.p, sub(w.grad, delta)));
+    store(scores + j, w.dropped);
     if constexpr (General) {
       if (g.grad_bias) {
         float* sum = g.grad_bias + b * g.bias_batch + head * g.bias_head + query * g.bias_row;
@@ -197,7 +228,7 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
       if (g.slopes)
         slope_sum = fma(ds, abs(add(set1(float(first + j - line.diagonal)), lane_index())), slope_sum);
     }
-    store(grads + j, mul(mul(ds, slant), scale));
+    store(grads + j, mul(mul(ds, w.slant), scale));
   }
   if constexpr (General) {
     if (g.slopes) g.slopes[split * g.slots + place] += reduce_add(slope_sum);

@@ -32,34 +32,29 @@ void decode_scores(const typename D::Q* q, int64_t q_ld, const T* k, const int64
                    int64_t count, float* scores, int64_t ld) {
   constexpr int kKeys = W / N;  // so that one sum_lanes ends N x kKeys products
   for (int64_t j = 0; j < count; j += kKeys) {
-    const T* key[kKeys];
-    TW_UNROLL for (int i = 0; i < kKeys; ++i) key[i] = k + offsets[min64(j + i, count - 1)];
+    // Key by key, so that memory is read in order.
     F acc[N * kKeys];
-    TW_UNROLL for (int i = 0; i < N * kKeys; ++i) acc[i] = zero();
-    const auto step = [&](int64_t at, int64_t left) {
-      if constexpr (D::pairs) {
+    TW_UNROLL for (int i = 0; i < kKeys; ++i) {
+      const T* key = k + offsets[min64(j + i, count - 1)];
+      F sum[N];
+      TW_UNROLL for (int t = 0; t < N; ++t) sum[t] = zero();
+      const auto step = [&](int64_t at, int64_t left) {
+        if constexpr (D::pairs) {
 #if defined(__AVX512BF16__)
-        __m512i x[kKeys];
-        TW_UNROLL for (int i = 0; i < kKeys; ++i) x[i] = load_pairs(key[i] + at, left);
-        TW_UNROLL for (int t = 0; t < N; ++t) {
-          const __m512i row = _mm512_loadu_si512(q + t * q_ld + at);
-          TW_UNROLL for (int i = 0; i < kKeys; ++i) acc[t * kKeys + i] =
-              dot_pairs(x[i], row, acc[t * kKeys + i]);
-        }
+          const __m512i x = load_pairs(key + at, left);
+          TW_UNROLL for (int t = 0; t < N; ++t) sum[t] =
+              dot_pairs(x, _mm512_loadu_si512(q + t * q_ld + at), sum[t]);
 #endif
-      } else {
-        F x[kKeys];
-        TW_UNROLL for (int i = 0; i < kKeys; ++i) x[i] =
-            left >= W ? load(key[i] + at) : load(key[i] + at, int(left));
-        TW_UNROLL for (int t = 0; t < N; ++t) {
-          const F row = load(q + t * q_ld + at);
-          TW_UNROLL for (int i = 0; i < kKeys; ++i) acc[t * kKeys + i] = fma(x[i], row, acc[t * kKeys + i]);
+        } else {
+          const F x = left >= W ? load(key + at) : load(key + at, int(left));
+          TW_UNROLL for (int t = 0; t < N; ++t) sum[t] = fma(x, load(q + t * q_ld + at), sum[t]);
         }
-      }
-    };
-    int64_t at = 0;
-    for (; at + D::step <= d; at += D::step) step(at, D::step);
-    if (at < d) step(at, d - at);
+      };
+      int64_t at = 0;
+      for (; at + D::step <= d; at += D::step) step(at, D::step);
+      if (at < d) step(at, d - at);
+      TW_UNROLL for (int t = 0; t < N; ++t) acc[t * kKeys + i] = sum[t];
+    }
     float sums[W];
     store(sums, sum_lanes(acc));
     const int keys = int(min64(kKeys, count - j));
@@ -108,56 +103,93 @@ void decode_values(const float* p, int64_t ld, const T* v, const int64_t* offset
 }
 
 #if defined(__AVX512BF16__)
-// The same for bf16 rows, two keys at a time; p is [N][ld / 2] pairs of keys, 0 beyond count.
+// decode_scores for 4 rows of C * 32 bf16, all in registers: few instructions a key, so that loads run far
+// enough ahead to keep memory busy.
+template <int C>
+void decode_scores_of_4(const bf16* q, int64_t q_ld, const bf16* k, const int64_t* offsets, int64_t count,
+                        float* scores, int64_t ld) {
+  __m512i rows[4][C];
+  TW_UNROLL for (int t = 0; t < 4; ++t) {
+    TW_UNROLL for (int c = 0; c < C; ++c) rows[t][c] = _mm512_loadu_si512(q + t * q_ld + c * 32);
+  }
+  const __m512i by_row = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t j = 0; j < count; j += 4) {
+    F keys[4];  // a key's four products, each in four parts
+    TW_UNROLL for (int i = 0; i < 4; ++i) {
+      const bf16* key = k + offsets[min64(j + i, count - 1)];
+      F sum[4];
+      TW_UNROLL for (int t = 0; t < 4; ++t) sum[t] = zero();
+      TW_UNROLL for (int c = 0; c < C; ++c) {
+        const __m512i x = _mm512_loadu_si512(key + c * 32);
+        TW_UNROLL for (int t = 0; t < 4; ++t) sum[t] = dot_pairs(rows[t][c], x, sum[t]);
+      }
+      keys[i] = sum_quarters(sum[0], sum[1], sum[2], sum[3]);
+    }
+    const F sums =
+        _mm512_permutexvar_ps(by_row, sum_halves(sum_halves(keys[0], keys[1]), sum_halves(keys[2], keys[3])));
+    // Columns beyond count are never looked at.
+    _mm_storeu_ps(scores + j, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(scores + ld + j, _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(scores + 2 * ld + j, _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(scores + 3 * ld + j, _mm512_extractf32x4_ps(sums, 3));
+  }
+}
+
+// decode_values for bf16 rows, two keys at a time; p is [N][ld / 2] pairs of keys. Interleaving two rows of
+// 32 values within lanes of 128 bits gives columns 0-3, 8-11, 16-19, 24-27 and then the others: `out`,
+// [N][out_ld], keeps that order until in_order.
 template <int N>
 void decode_value_pairs(const float* p, int64_t ld, const bf16* v, const int64_t* offsets, int64_t d,
-                        int count, float* out, int64_t v_pad) {
-  // Interleaving two rows of 32 values within lanes of 128 bits gives columns 0-3, 8-11, ... and 4-7, 12-15,
-  // ...
-  const __m512i to_low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  const __m512i to_high = _mm512_add_epi32(to_low, _mm512_set1_epi32(4));
-  const __m512i from_first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i from_last = _mm512_add_epi32(from_first, _mm512_set1_epi32(8));
-  constexpr int kWide = 2;  // times 32 columns: N * 4 accumulators
-  const auto columns = [&](int64_t at, auto wide) {
-    constexpr int C = decltype(wide)::n;
+                        int count, float* out, int64_t out_ld) {
+  const auto columns = [&](int64_t at, int first, int last, auto wide, auto whole) {
+    constexpr int C = decltype(wide)::n;  // times 32 columns: N * 2C accumulators
+    const auto read = [&](const bf16* row, int c) {
+      if constexpr (decltype(whole)::n) return _mm512_loadu_si512(row + at + c * 32);
+      return load_pairs(row + at + c * 32, min64(32, d - at - c * 32));
+    };
     F acc[N][2 * C];
     TW_UNROLL for (int t = 0; t < N; ++t) {
-      TW_UNROLL for (int c = 0; c < C; ++c) {
-        const float* o = out + t * v_pad + at + c * 32;
-        const int64_t left = v_pad - at - c * 32;
-        const F a = left > 0 ? load(o) : zero(), b = left > 16 ? load(o + 16) : zero();
-        acc[t][2 * c] = _mm512_permutex2var_ps(a, to_low, b);
-        acc[t][2 * c + 1] = _mm512_permutex2var_ps(a, to_high, b);
-      }
+      TW_UNROLL for (int c = 0; c < 2 * C; ++c) acc[t][c] = load(out + t * out_ld + at + c * W);
     }
-    for (int i = 0; i < count; i += 2) {
-      const bf16* row0 = v + offsets[i] + at;
-      const bf16* row1 = i + 1 < count ? v + offsets[i + 1] + at : nullptr;
-      TW_UNROLL for (int c = 0; c < C; ++c) {
-        const int64_t left = max64(0, d - at - c * 32);
-        const __m512i x = load_pairs(row0 + c * 32, left);
-        const __m512i y = row1 ? load_pairs(row1 + c * 32, left) : _mm512_setzero_si512();
-        const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
-        TW_UNROLL for (int t = 0; t < N; ++t) {
-          const __m512i weights = _mm512_castps_si512(set1(p[t * (ld / 2) + i / 2]));
-          acc[t][2 * c] = dot_pairs(low, weights, acc[t][2 * c]);
-          acc[t][2 * c + 1] = dot_pairs(high, weights, acc[t][2 * c + 1]);
-        }
+    const auto step = [&](int i, int c, __m512i x, __m512i y) {
+      const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
+      TW_UNROLL for (int t = 0; t < N; ++t) {
+        const __m512i weights = _mm512_castps_si512(set1(p[t * (ld / 2) + i / 2]));
+        acc[t][2 * c] = dot_pairs(low, weights, acc[t][2 * c]);
+        acc[t][2 * c + 1] = dot_pairs(high, weights, acc[t][2 * c + 1]);
       }
+    };
+    int i = first;
+    for (; i + 2 <= last; i += 2) {
+      const bf16 *x = v + offsets[i], *y = v + offsets[i + 1];
+      TW_UNROLL for (int c = 0; c < C; ++c) step(i, c, read(x, c), read(y, c));
+    }
+    if (i < last) {
+      TW_UNROLL for (int c = 0; c < C; ++c) step(i, c, read(v + offsets[i], c), _mm512_setzero_si512());
     }
     TW_UNROLL for (int t = 0; t < N; ++t) {
-      TW_UNROLL for (int c = 0; c < C; ++c) {
-        float* o = out + t * v_pad + at + c * 32;
-        const int64_t left = v_pad - at - c * 32;
-        if (left > 0) store(o, _mm512_permutex2var_ps(acc[t][2 * c], from_first, acc[t][2 * c + 1]));
-        if (left > 16) store(o + 16, _mm512_permutex2var_ps(acc[t][2 * c], from_last, acc[t][2 * c + 1]));
-      }
+      TW_UNROLL for (int c = 0; c < 2 * C; ++c) store(out + t * out_ld + at + c * W, acc[t][c]);
     }
   };
-  int64_t at = 0;
-  for (; at + kWide * 32 <= d; at += kWide * 32) columns(at, Count<kWide>{});
-  for (; at < d; at += 32) columns(at, Count<1>{});
+  constexpr int kKeys = 64;  // whose rows stay in L1 until all their columns are done
+  for (int first = 0; first < count; first += kKeys) {
+    const int last = int(min64(first + kKeys, count));
+    int64_t at = 0;
+    for (; at + 64 <= d; at += 64) columns(at, first, last, Count<2>{}, Count<1>{});
+    for (; at + 32 <= d; at += 32) columns(at, first, last, Count<1>{}, Count<1>{});
+    if (at < d) columns(at, first, last, Count<1>{}, Count<0>{});
+  }
+}
+
+// Columns of decode_value_pairs in their natural order.
+TW_INLINE void in_order(float* out, int64_t columns) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t d = 0; d < columns; d += 32) {
+    const F low = load(out + d), high = load(out + d + W);
+    store(out + d, _mm512_permutex2var_ps(low, first, high));
+    store(out + d + W, _mm512_permutex2var_ps(low, second, high));
+  }
 }
 #endif
 
@@ -178,43 +210,53 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
   const int64_t rows = t.rows, h = t.h, lo = t.lo, hi = t.hi;
   const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
   State s;
-  s.ld = kDecodeBlock;
-  s.v_pad = padded16(a.v_dim);
+  s.ld = kDecodeChunk;
+  s.v_pad = (a.v_dim + 31) / 32 * 32;
   Q* queries = reinterpret_cast<Q*>(memory);
   s.scores = memory + kDecodeRows * q_ld;
-  s.probabilities = s.scores + kDecodeRows * kDecodeBlock;
-  s.out = s.probabilities + kDecodeRows * kDecodeBlock;
+  s.probabilities = s.scores + kDecodeRows * kDecodeChunk;
+  s.out = s.probabilities + kDecodeRows * kDecodeChunk;
   s.max = s.out + kDecodeRows * s.v_pad;
   s.sum = s.max + kDecodeRows;
   t.start(queries, q_ld, s);
 
   const T* k = static_cast<const T*>(a.k.data) + h * a.k.head;
   const T* v = static_cast<const T*>(a.v.data) + h * a.v.head;
-  for (int64_t first = t.begin; first < min64(hi, t.end); first += kDecodeBlock) {
-    if (first + kDecodeBlock <= lo) continue;
-    // Scores of keys before lo are never looked at, but for those in lo's own vector.
-    const int64_t count = min64(min64(kDecodeBlock, hi - first), t.end - first);
-    const int64_t from = max64(0, lo - first) / W * W;
-    int64_t offsets[kDecodeBlock];
+  const int64_t first = t.begin, count = max64(0, min64(hi, t.end) - first);
+  // Scores of keys before lo are never looked at, but for those in lo's own vector.
+  const int64_t from = max64(0, lo - first) / W * W;
+  if (from < count) {
+    int64_t offsets[kDecodeChunk];
     for (int64_t j = from; j < count; ++j) offsets[j] = key_offset(a, a.k, q, first + j);
     in_rows(rows, [&](int64_t r, auto n) {
-      decode_scores<D, T, n.n>(queries + r * q_ld, q_ld, k, offsets + from, a.head_dim, count - from,
-                               s.scores + r * s.ld + from, s.ld);
+      float* to = s.scores + r * s.ld + from;
+      const Q* x = queries + r * q_ld;
+#if defined(__AVX512BF16__)
+      if constexpr (D::pairs && n.n == 4) {
+        if (a.head_dim == 128)
+          return decode_scores_of_4<4>(x, q_ld, k, offsets + from, count - from, to, s.ld);
+        if (a.head_dim == 64)
+          return decode_scores_of_4<2>(x, q_ld, k, offsets + from, count - from, to, s.ld);
+      }
+#endif
+      decode_scores<D, T, n.n>(x, q_ld, k, offsets + from, a.head_dim, count - from, to, s.ld);
     });
     softmax_rows<Q>(a, s, rows, t.b, h, 0, first, count);
-    // Keys that no row attends are not read: they may hold anything.
-    int seen[kDecodeBlock], n_seen = 0;
-    for (int64_t j = 0; j < count; ++j)
-      if (is_seen(a, s, rows, lo - first, hi - first, j)) seen[n_seen++] = int(j);
-    for (int i = 0; i < n_seen; ++i) offsets[i] = key_offset(a, a.v, q, first + seen[i]);
     Q* weights = reinterpret_cast<Q*>(s.probabilities);
-    if (n_seen < count || n_seen % 2) {
-      for (int64_t r = 0; r < rows; ++r) {
-        Q* row = weights + r * s.ld;
-        for (int i = 0; i < n_seen; ++i) row[i] = row[seen[i]];
-        if (n_seen % 2) row[n_seen] = from_float<Q>(0.0f);  // kDecodeBlock is even
+    int n_seen = 0;
+    if (lo <= first && !is_general(a)) {
+      for (int64_t j = 0; j < count; ++j) offsets[j] = key_offset(a, a.v, q, first + j);
+      n_seen = int(count);
+    } else {
+      // Keys that no row attends are not read: they may hold anything.
+      for (int64_t j = from; j < count; ++j) {
+        if (!is_seen(a, s, rows, lo - first, hi - first, j)) continue;
+        for (int64_t r = 0; r < rows; ++r) weights[r * s.ld + n_seen] = weights[r * s.ld + j];
+        offsets[n_seen++] = key_offset(a, a.v, q, first + j);
       }
     }
+    if (n_seen % 2)  // the second of a pair
+      for (int64_t r = 0; r < rows; ++r) weights[r * s.ld + n_seen] = from_float<Q>(0.0f);
     in_rows(rows, [&](int64_t r, auto n) {
       if constexpr (D::pairs) {
 #if defined(__AVX512BF16__)
@@ -226,6 +268,10 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
                               s.out + r * s.v_pad, s.v_pad);
       }
     });
+#if defined(__AVX512BF16__)
+    if constexpr (D::pairs)
+      for (int64_t r = 0; r < rows; ++r) in_order(s.out + r * s.v_pad, s.v_pad);
+#endif
   }
   t.finish(s);
 }

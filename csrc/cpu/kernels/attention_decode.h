@@ -51,11 +51,12 @@ struct DecodeTask {
       for (int64_t r = 0; r < rows; ++r) finish_row(a, b, h, r, s.max[r], s.sum[r], s.out + r * s.v_pad);
       return;
     }
-    float* partial = a.partials + index * a.rows * (s.v_pad + 2);
-    for (int64_t r = 0; r < rows; ++r, partial += s.v_pad + 2) {
+    const int64_t kept = padded16(a.v_dim);
+    float* partial = a.partials + index * a.rows * (kept + 2);
+    for (int64_t r = 0; r < rows; ++r, partial += kept + 2) {
       partial[0] = s.max[r];
       partial[1] = s.sum[r];
-      std::memcpy(partial + 2, s.out + r * s.v_pad, size_t(s.v_pad) * 4);
+      std::memcpy(partial + 2, s.out + r * s.v_pad, size_t(kept) * 4);
     }
   }
 };

@@ -13,7 +13,7 @@ TW_INLINE int64_t packed_index(const AttentionArgs& a, const Sequence& q, int64_
 // [d / depth][kKeyBlock] elements of `count` rows, zero beyond: for products that sum over d.
 template <class E, class T>
 void pack_transposed(const T* k, const int64_t* offsets, int64_t d, int64_t count, float* out) {
-  const int64_t depth = E::depth, elements = (d + depth - 1) / depth;
+  const int64_t depth = E::depth, elements = padded_k<E>(d);
   for (int64_t key = 0; key < kKeyBlock; key += W) {
     for (int64_t e = 0; e < elements; e += W) {
       F block[W];

@@ -26,13 +26,16 @@ void pack_task(const AttentionArgs& a, AttentionTask task) {
       static_cast<float*>(a.packed_v) + index * packed_block_elements(a.v_dim));
 }
 
+static_assert(kQueryRows % 16 == 0 && kKeyBlock % 32 == 0);  // whole tiles: see multiply
+
 template <class E, class P>
 void prefill_task(const AttentionArgs& a, AttentionTask task, float* memory) {
   const int64_t group = a.heads / a.kv_heads, b = task.sequence, h = task.head;
   const Sequence& sequence = a.sequences[b];
   const int64_t first_row = task.block * kQueryRows;
   const int64_t rows = min64(kQueryRows, sequence.q_count * group - first_row);
-  const int64_t depth = E::depth, q_elements = (a.head_dim + depth - 1) / depth, q_ld = padded16(a.head_dim);
+  const int64_t depth = E::depth, q_elements = padded_k<E>(a.head_dim), q_ld = padded16(a.head_dim);
+  [[maybe_unused]] const typename E::Registers registers{};
 
   State s;
   s.ld = kKeyBlock;
@@ -49,7 +52,7 @@ void prefill_task(const AttentionArgs& a, AttentionTask task, float* memory) {
     for (int64_t r = 0; r < rows; ++r) {
       const auto* from = at<const decltype(t)>(a, a.q, sequence, h, first_row + r);
       P* to = reinterpret_cast<P*>(q + r * q_ld);
-      for (int64_t d = 0; d < q_ld; d += W) {
+      for (int64_t d = 0; d < q_elements * depth; d += W) {
         const int64_t left = a.head_dim - d;
         store(to + d, left >= W ? load(from + d) : load(from + d, left > 0 ? int(left) : 0));
       }
@@ -73,8 +76,8 @@ void prefill_task(const AttentionArgs& a, AttentionTask task, float* memory) {
     multiply<E>(rows, width, q, q_ld, k, kKeyBlock, q_elements, s.scores, kKeyBlock, false);
     softmax_rows<P>(a, s, rows, b, h, first_row, first, count);
     if (a.v_not_finite[index]) v = without_unseen<E, P>(a, s, rows, lo - first, hi - first, v, v_copy);
-    multiply<E>(rows, s.v_pad, s.probabilities, kKeyBlock / depth, v, s.v_pad, (width + depth - 1) / depth,
-                s.out, s.v_pad, true);
+    multiply<E>(rows, s.v_pad, s.probabilities, kKeyBlock / depth, v, s.v_pad, padded_k<E>(width), s.out,
+                s.v_pad, true);
   }
   for (int64_t r = 0; r < rows; ++r)
     finish_row(a, b, h, first_row + r, s.max[r], s.sum[r], s.out + r * s.v_pad);

@@ -156,19 +156,19 @@ struct QuantisedDecode {
         t(args, task),
         slot(t.q.k_batch * kv.kv_heads + t.h),
         pad(padded16(kv.head_dim)) {
-    s.ld = kDecodeBlock;
+    s.ld = kDecodeChunk;
     s.v_pad = pad;
     queries = memory;
     s.scores = queries + kDecodeRows * pad;
-    s.probabilities = s.scores + kDecodeRows * kDecodeBlock;
-    s.out = s.probabilities + kDecodeRows * kDecodeBlock;
+    s.probabilities = s.scores + kDecodeRows * kDecodeChunk;
+    s.out = s.probabilities + kDecodeRows * kDecodeChunk;
     s.max = s.out + kDecodeRows * pad;
     s.sum = s.max + kDecodeRows;
     row = s.sum + kDecodeRows;
-    query.digits = reinterpret_cast<int8_t*>(row + max64(pad, kDecodeBlock));
+    query.digits = reinterpret_cast<int8_t*>(row + max64(pad, kTileKeys));
     query.ld = pad;
     weight.digits = query.digits + kDecodeRows * P * pad;
-    weight.ld = kDecodeBlock;
+    weight.ld = kTileKeys;
   }
 
   // The queries times a group's scales, and their products with its minima.
@@ -188,9 +188,10 @@ struct QuantisedDecode {
     }
   }
 
-  // Scores of the `coded` first keys from `first` on, up to the end of their block of 32.
-  void coded_scores(int64_t first, int64_t coded) {
-    for (int64_t j = 0; j < coded; j += 32) {
+  // Scores of keys [from, coded) of the chunk, from the beginning to the end of a block of 32.
+  void coded_scores(int64_t from, int64_t coded) {
+    const int64_t first = t.begin;
+    for (int64_t j = from / 32 * 32; j < coded; j += 32) {
       const int64_t ahead = 2 * kv.k_block_bytes();
       if constexpr (bits == 4) scale_queries(first + j);
       const float* scales = bits == 8 ? kv.token_scales(kv.k_scales, slot, first + j) : nullptr;
@@ -206,12 +207,14 @@ struct QuantisedDecode {
     }
   }
 
-  // Adds the values of the tile from `first` on whose flag in `seen` is set.
-  void add_coded_values(int64_t first, int64_t coded, const uint8_t* seen) {
+  // Adds those of the first `coded` values of the tile at key `tile` of the chunk whose flag in `seen` is
+  // set.
+  void add_coded_values(int64_t tile, int64_t coded, const uint8_t* seen) {
+    const int64_t first = t.begin + tile;
     for (int64_t block = 0; block < kv.v_blocks(); ++block) {
-      if (block * 32 % (bits == 8 ? kv.v_blocks() * 32 : kv.group) == 0) weigh(first, block * 32, seen);
+      if (block * 32 % (bits == 8 ? kv.v_blocks() * 32 : kv.group) == 0) weigh(tile, block * 32, seen);
       const int64_t ahead = kv.v_blocks() * kv.v_block_bytes();
-      for_block(weight, t.rows, kv.v_block(slot, first, block), (coded + 3) / 4, ahead,
+      for_block(weight, t.rows, kv.v_block(slot, first, block), (min64(kTileKeys, coded) + 3) / 4, ahead,
                 [&](int64_t r, int at, F dot) {
                   const int64_t channel = block * 32 + at;
                   if (channel >= pad) return;
@@ -223,23 +226,23 @@ struct QuantisedDecode {
   }
 
   // The weights of values for the channels that share scales with `channel`: probability * scale.
-  void weigh(int64_t first, int64_t channel, const uint8_t* seen) {
+  void weigh(int64_t tile, int64_t channel, const uint8_t* seen) {
+    const int64_t first = t.begin + tile;
     for (int64_t r = 0; r < t.rows; ++r) {
-      const float* p = s.probabilities + r * s.ld;
+      const float* p = s.probabilities + r * s.ld + tile;
       F sum = zero();
-      for (int64_t j = 0; j < kDecodeBlock; j += W) {
+      for (int64_t j = 0; j < kTileKeys; j += W) {
         F scale;
         if constexpr (bits == 8) {
           scale = load(kv.token_scales(kv.v_scales, slot, first) + j);
         } else {
           const bf16* scales = reinterpret_cast<const bf16*>(kv.v_group(slot, first, channel));
           scale = load(scales + j);
-          sum = add(sum,
-                    select_nonzero(seen + j, W, mul(load(p + j), load(scales + kDecodeBlock + j)), zero()));
+          sum = add(sum, select_nonzero(seen + j, W, mul(load(p + j), load(scales + kTileKeys + j)), zero()));
         }
         store(row + j, select_nonzero(seen + j, W, mul(load(p + j), scale), zero()));
       }
-      weight.set(r, row, kDecodeBlock);
+      weight.set(r, row, kTileKeys);
       if constexpr (bits == 4) value_constant[r] = reduce_add(sum);
     }
   }
@@ -248,9 +251,9 @@ struct QuantisedDecode {
     const int64_t left = kv.head_dim - d;
     return left >= W ? load(x + d) : load(x + d, int(left));
   }
-  void tail_scores(int64_t first, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      const bf16* k = reinterpret_cast<const bf16*>(kv.tail_row(kv.k_tail, slot, first + j));
+  void tail_scores(int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; ++j) {
+      const bf16* k = reinterpret_cast<const bf16*>(kv.tail_row(kv.k_tail, slot, t.begin + j));
       for (int64_t r = 0; r < t.rows; ++r) {
         F sum = zero();
         for (int64_t d = 0; d < kv.head_dim; d += W)
@@ -259,10 +262,10 @@ struct QuantisedDecode {
       }
     }
   }
-  void add_tail_values(int64_t first, int64_t begin, int64_t end, const uint8_t* seen) {
-    for (int64_t j = begin; j < end; ++j) {
+  void add_tail_values(int64_t from, int64_t to, const uint8_t* seen) {
+    for (int64_t j = from; j < to; ++j) {
       if (!seen[j]) continue;
-      const bf16* v = reinterpret_cast<const bf16*>(kv.tail_row(kv.v_tail, slot, first + j));
+      const bf16* v = reinterpret_cast<const bf16*>(kv.tail_row(kv.v_tail, slot, t.begin + j));
       for (int64_t r = 0; r < t.rows; ++r) {
         const F p = set1(s.probabilities[r * s.ld + j]);
         float* out = s.out + r * pad;
@@ -276,23 +279,23 @@ struct QuantisedDecode {
     if constexpr (bits == 8) {
       for (int64_t r = 0; r < t.rows; ++r) query.set(r, queries + r * pad, pad);
     }
-    for (int64_t first = t.begin; first < min64(t.hi, t.end); first += kDecodeBlock) {
-      if (first + kDecodeBlock <= t.lo) continue;
-      const int64_t count = min64(kDecodeBlock, t.hi - first);
-      const int64_t coded = max64(0, min64(count, kv.quantised - first));
-      coded_scores(first, coded);
-      if constexpr (bits == 4) tail_scores(first, coded, count);
-      softmax_rows<float>(a, s, t.rows, t.b, t.h, 0, first, count);
+    // Keys [from, count) of the chunk are in some row's range, those before `coded` are codes.
+    const int64_t count = min64(t.hi, t.end) - t.begin, from = max64(0, t.lo - t.begin);
+    if (from < count) {
+      const int64_t coded = max64(0, min64(count, kv.quantised - t.begin));
+      coded_scores(from, coded);
+      if constexpr (bits == 4) tail_scores(coded, count);
+      softmax_rows<float>(a, s, t.rows, t.b, t.h, 0, t.begin, count);
       // Keys that no row attends do not count, whatever their scales are.
-      uint8_t seen[kDecodeBlock];
-      for (int64_t j = 0; j < kDecodeBlock; ++j) seen[j] = j >= t.lo - first && j < count;
+      uint8_t seen[kDecodeChunk];
+      for (int64_t j = 0; j < kDecodeChunk; ++j) seen[j] = j >= from && j < count;
       if (is_general(a)) {
-        for (int64_t j = 0; j < count; ++j)
-          if (seen[j]) seen[j] = is_seen(a, s, t.rows, 0, count, j);
+        for (int64_t j = from; j < count; ++j) seen[j] = is_seen(a, s, t.rows, from, count, j);
       }
-      if constexpr (bits == 4) add_tail_values(first, coded, count, seen);
-      for (int64_t j = coded; j < kDecodeBlock; ++j) seen[j] = 0;
-      if (coded > 0) add_coded_values(first, coded, seen);
+      if constexpr (bits == 4) add_tail_values(coded, count, seen);
+      for (int64_t j = coded; j < kDecodeChunk; ++j) seen[j] = 0;
+      for (int64_t tile = from / kTileKeys * kTileKeys; tile < coded; tile += kTileKeys)
+        add_coded_values(tile, coded - tile, seen + tile);
     }
     t.finish(s);
   }

@@ -46,9 +46,9 @@ class patch_sdpa:
 
     Calls that Tilewright's kernels are not made for go to torch, unchanged: tensors off the CPU, tensor subclasses,
     nested, sparse and quantised tensors, dtypes other than float32, bfloat16, float16 and float64, torch.func
-    transforms (vmap, grad, jvp), forward-mode gradients, and torch.jit.trace. ``dropout_p > 0`` on tensors that we do
-    serve raises NotImplementedError: dropout is not supported yet. The one difference in values beside rounding: a
-    query that may attend to nothing gives 0, where some of torch's backends give NaN.
+    transforms (vmap, grad, jvp), forward-mode gradients, and torch.jit.trace. Differences in values beside rounding: a
+    query that may attend to nothing gives 0, where some of torch's backends give NaN; with ``dropout_p > 0`` other
+    weights are dropped than torch would drop after the same torch.manual_seed.
     """
 
     def enable(self) -> patch_sdpa:
@@ -108,18 +108,9 @@ def _sdpa(
     """What ``F.scaled_dot_product_attention`` is while the patch is on; torch's signature."""
     if _depth == 0 or not _served(query, key, value, attn_mask):
         return _replaced(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if dropout_p > 0:
-        raise NotImplementedError(
-            f"patch_sdpa: dropout_p={dropout_p} is not supported yet; use 0.0 (nn modules: eval(), or dropout=0.0), or "
-            "leave patch_sdpa for training with dropout"
-        )
     query, key, value = autocast_like_sdpa(query, key, value)
-    kept = -2 if not enable_gqa else -3
-    if not query.shape[:kept] == key.shape[:kept] == value.shape[:kept]:
-        lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
-        query, key, value = (t.expand(*lead, *t.shape[kept:]) for t in (query, key, value))
     return scaled_dot_product_attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 

@@ -23,7 +23,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import TransformersKwargs
 
 from tilewright.integrations.sdpa import autocast_like_sdpa
-from tilewright.ops.attention import attention
+from tilewright.ops.attention import attention, attention_packed
+from tilewright.ops.attention_reference import Operands
 from tilewright.ops.registry import direct
 
 _OP = "tilewright attention for transformers"
@@ -98,10 +99,12 @@ def attention_forward(
     T5, gpt-oss, Inkling.
     cu_seq_lens_q, cu_seq_lens_k: int (sequences + 1,): sequences packed into a batch of one do not see each other.
 
-    Raises NotImplementedError for dropout > 0 and for keywords of attention that we do not compute, ValueError for
-    output_attentions and for arguments that do not fit, TypeError for keywords that we do not know.
+    dropout: of the attention weights; which ones is drawn from torch's default generator.
+
+    Raises NotImplementedError for keywords of attention that we do not compute, ValueError for output_attentions and
+    for arguments that do not fit, TypeError for keywords that we do not know.
     """
-    _check_keywords(module, dropout, others)
+    _check_keywords(module, others)
     _check_device(query)
     query, key, value = autocast_like_sdpa(query, key, value)
     batch = max(query.shape[0], key.shape[0])
@@ -116,9 +119,13 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", None)
     if is_causal is None:
         is_causal = _runs_on_sdpa(type(module).__module__)
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None or max_length_q is not None or max_length_k is not None:
-        packed = _packed_mask(cu_seq_lens_q, cu_seq_lens_k, query, key, is_causal and not masked, window)
-        attention_mask = packed if not masked else _restricted(attention_mask, packed)
+    packed = any(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k))
+    if packed:
+        _check_packed(cu_seq_lens_q, cu_seq_lens_k, query)
+        if masked or position_bias is not None:  # attention_packed takes neither
+            restriction = _packed_mask(cu_seq_lens_q, cu_seq_lens_k, query, key, is_causal and not masked, window)
+            attention_mask = _restricted(attention_mask, restriction) if masked else restriction
+            packed = False
     elif not masked and is_causal and seq_q > 1:
         causal = "top_left"
         if seq_k > seq_q:
@@ -128,16 +135,26 @@ def attention_forward(
         window = None
 
     options = {"causal": causal, "window": window, "mask": attention_mask, "bias": position_bias}
-    options |= {"softcap": softcap, "sinks": s_aux, "scale": scaling}
-    if sinks is not None:
+    options |= {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
+    if packed:
+        q_bounds, k_bounds = cu_seq_lens_q.long(), cu_seq_lens_k.long()
+        operands = Operands(
+            query, key, value, sinks=s_aux, q_start=q_bounds[:-1], q_end=q_bounds[1:], k_start=k_bounds[:-1],
+            k_end=k_bounds[1:],
+        )  # fmt: skip
+        out, lse = attention_packed(
+            operands, scale=scaling, softcap=softcap or 0.0, causal="bottom_right" if is_causal else None,
+            window=window or (-1, -1), dropout_p=dropout,
+        )  # fmt: skip
+    elif sinks is not None:
         out, lse = attention(query, key, value, **options, return_lse=True)
-        # A sink logit s takes exp(s) / (exp(s) + exp(lse)) of the weight.
-        out = out * torch.sigmoid(lse - sinks.squeeze(-1).float()).unsqueeze(-1).to(out.dtype)
     elif direct(query, key, value, attention_mask, position_bias, s_aux):
         out = query.new_empty(batch, seq_q, query.shape[1], value.shape[3]).transpose(1, 2)
         attention(query, key, value, **options, out=out)
     else:
         out = attention(query, key, value, **options)
+    if sinks is not None:  # a sink logit s takes exp(s) / (exp(s) + exp(lse)) of the weight
+        out = out * torch.sigmoid(lse - sinks.squeeze(-1).float()).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -227,12 +244,7 @@ def _check_model(model: type[PreTrainedModel], name: str) -> None:
         )
 
 
-def _check_keywords(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
-    if dropout > 0:
-        raise NotImplementedError(
-            f"{_OP}: dropout={dropout} in {type(module).__name__}: dropout is not supported yet; use model.eval(), or "
-            "set the config's attention dropout to 0 for training"
-        )
+def _check_keywords(module: nn.Module, others: dict[str, Any]) -> None:
     for keyword, value in others.items():
         if value is None:
             continue
@@ -277,17 +289,20 @@ def _check_device(query: Tensor) -> None:
         )
 
 
-def _packed_mask(
-    cu_q: Tensor | None, cu_k: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: tuple[int, int] | None
-) -> Tensor:
-    """Boolean (seq_q, seq_k): which keys each query may see of packed sequences with bounds cu_q and cu_k. Queries sit
-    at the end of their sequence's keys, as in flash-attn's varlen functions. Tokens past the last bound see nothing."""
+def _check_packed(cu_q: Tensor | None, cu_k: Tensor | None, query: Tensor) -> None:
     if cu_q is None or cu_k is None:
         raise ValueError(
             f"{_OP}: cu_seq_lens_q and cu_seq_lens_k must come together (max_length_q and max_length_k add nothing)"
         )
     if query.shape[0] != 1:
         raise ValueError(f"{_OP}: packed sequences (cu_seq_lens_q) need a batch of 1, got {query.shape[0]}")
+
+
+def _packed_mask(
+    cu_q: Tensor, cu_k: Tensor, query: Tensor, key: Tensor, causal: bool, window: tuple[int, int] | None
+) -> Tensor:
+    """Boolean (seq_q, seq_k): which keys each query may see of packed sequences with bounds cu_q and cu_k. Queries sit
+    at the end of their sequence's keys, as in flash-attn's varlen functions. Tokens past the last bound see nothing."""
     cu_q, cu_k = (cu.to(device=query.device, dtype=torch.int64) for cu in (cu_q, cu_k))
     q = torch.arange(query.shape[2], device=query.device).unsqueeze(1)
     k = torch.arange(key.shape[2], device=query.device)

@@ -86,7 +86,7 @@ def attention(
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
-    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=_drawn_seed(dropout_p))
+    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p))
     options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
     if quantized:
         result, lse = attention_quantized(operands, k, options, backend, out)
@@ -124,7 +124,7 @@ def attention_packed(
     as q. Rows of q that belong to no sequence give 0 and -inf. Differentiable where there is no block_table and no
     k_batch. A seed is drawn where dropout needs one."""
     if dropout_p and operands.seed is None:
-        operands = operands._replace(seed=_drawn_seed(dropout_p))
+        operands = operands._replace(seed=dropout_seed(dropout_p))
     scale = max(operands.q.size(-1), 1) ** -0.5 if scale is None else scale
     options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
     if direct(*operands):
@@ -147,7 +147,7 @@ def attention_cached(
     return _attention(operands, options, False, out)[0]
 
 
-def _drawn_seed(dropout_p: float) -> Tensor | None:
+def dropout_seed(dropout_p: float) -> Tensor | None:
     """A seed for dropout from torch's default generator, int64 (1,)."""
     if not dropout_p:
         return None
@@ -166,19 +166,25 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's ``F.scaled_dot_product_attention``, argument for argument; query (..., heads, seq, head_dim).
+    """torch's ``F.scaled_dot_product_attention``, argument for argument; query (..., heads, seq, head_dim), leading
+    dimensions broadcast.
 
     Differs from torch where a query may attend to nothing: the row is 0 rather than NaN.
     """
-    dims = query.dim()
-    if dims < 2 or key.dim() < 2 or value.dim() < 2:
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise ValueError("scaled_dot_product_attention: query, key and value must have at least 2 dimensions")
-    q, k, v = _four_dims(query), _four_dims(key), _four_dims(value)
-    if not enable_gqa and not q.size(1) == k.size(1) == v.size(1):
-        raise ValueError(
-            "scaled_dot_product_attention: query, key and value must have the same number of heads, got "
-            f"{q.shape[1]}, {k.shape[1]}, {v.shape[1]}; enable_gqa=True lets groups of heads share a key head"
-        )
+    kept = -3 if enable_gqa else -2  # the dimensions from here on do not broadcast
+    if not query.shape[:kept] == key.shape[:kept] == value.shape[:kept]:
+        try:
+            lead = torch.broadcast_shapes(query.shape[:kept], key.shape[:kept], value.shape[:kept])
+        except RuntimeError as error:
+            raise ValueError(
+                "scaled_dot_product_attention: the batch and heads of query, key and value must be the same or "
+                f"broadcast, got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; enable_gqa=True lets "
+                "groups of heads share a key head"
+            ) from error
+        query, key, value = (t.expand(*lead, *t.shape[kept:]) for t in (query, key, value))
+    dims, q, k, v = query.dim(), _four_dims(query), _four_dims(key), _four_dims(value)
     mask = attn_mask
     if mask is not None and dims > 4:
         mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)

@@ -76,6 +76,32 @@ def attention_reference(
     return reference(operands, Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p))
 
 
+def attention_probabilities(
+    t: Operands, longest: tuple[int, int] | None = None, *, scale: float, softcap: float, causal: str | None,
+    window: tuple[int, int], dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The softmax's probabilities of an `attention_packed` call, float32 (batch, heads, seq_q, seq_k), negative where
+    dropout drops them. Of packed queries ``longest`` gives seq_q and seq_k; outside of a sequence there are zeros."""
+    options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
+    with torch.no_grad():
+        if longest is None:
+            return _signed_probabilities(t, options, 0).float()
+        assert t.q_start is not None and t.q_end is not None and t.k_start is not None and t.k_end is not None
+        out = t.q.new_zeros(len(t.q_start), t.q.shape[1], *longest, dtype=torch.float32)
+        bounds = zip(*(x.tolist() for x in (t.q_start, t.q_end, t.k_start, t.k_end)), strict=True)
+        for b, (first, last, k_first, k_last) in enumerate(bounds):
+            one = _signed_probabilities(_sequence(t, b, first, last), options, b)[..., k_first:k_last]
+            out[b, :, : last - first, : k_last - k_first] = one[0]
+        return out
+
+
+def _signed_probabilities(t: Operands, options: Options, sequence: int) -> Tensor:
+    t = _gathered(t)
+    t = t._replace(q=t.q.double(), k=t.k.double())
+    p, _ = probabilities(scores(t, options)[1], t.sinks)
+    return torch.where(dropout_keep(t, options.dropout_p, sequence), p, -p) if options.dropout_p else p
+
+
 def reference(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """(out, lse) in float64, as q is laid out; rows of q in no sequence are 0 with an lse of -inf."""
     if t.q_start is None:
