@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tilewright
+from tilewright import QuantizedKV
 from tilewright.ops.attention import attention_reference
 
 from . import main
@@ -39,6 +40,7 @@ class Shape:
     window: int = -1  # keys to the left of the diagonal
     mask: bool = False  # additive, of the full shape
     backward: bool = False
+    bits: int | None = None  # of a QuantizedKV that ours reads; torch gets what it stands for in dtype
     cold_bytes: int = COLD_BYTES
 
 
@@ -48,6 +50,7 @@ SHAPES = (
     Shape("prefill 1x32(8)x4096x128 bf16", 1, 32, 8, 4096, 4096, 128, causal=True),
     Shape("prefill 1x32(8)x1024x128 fp32", 1, 32, 8, 1024, 1024, 128, F32, causal=True),
     Shape("decode 1x32(8) 16384 keys bf16", 1, 32, 8, 1, 16384, 128),
+    Shape("decode 1x32(8) 16384 keys int8", 1, 32, 8, 1, 16384, 128, bits=8),
     Shape("decode 8x32(8) 2048 keys bf16", 8, 32, 8, 1, 2048, 128),
     Shape("masked 1x32(8)x1024x128 bf16", 1, 32, 8, 1024, 1024, 128, mask=True),
     Shape("unmasked 1x32(8)x1024x128 bf16", 1, 32, 8, 1024, 1024, 128),
@@ -78,13 +81,20 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
     if shape.window >= 0:
         options["window"] = (shape.window, -1)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def ours(q: Tensor, k: Tensor | QuantizedKV, v: Tensor | None, mask: Tensor | None) -> Tensor:
         return tilewright.attention(q, k, v, mask=mask, **options)
 
-    candidates = [(OURS, OURS, ours, (q, k, v, mask))]
+    operands: tuple[Any, ...] = (q, k, v, mask)
+    cache_bytes = None
+    if shape.bits is not None:
+        cache = QuantizedKV.empty(shape.batch, shape.kv_heads, shape.seq_k, shape.head_dim, shape.bits)
+        tilewright.kv_append(cache, k, v)
+        k, v = (x.to(shape.dtype) for x in cache.dequantize())
+        operands, cache_bytes = (q, cache, None, mask), cache.nbytes
+    candidates = [(OURS, OURS, ours, operands)]
     if "torch" in peers:
         candidates += _torch(shape, q, k, v, mask)
-    work = _work(shape)
+    work = _work(shape, cache_bytes)
     if shape.backward:
         grad = torch.randn_like(q)
         made = [Candidate(n, lib, *_backward(run, operands, grad), work) for n, lib, run, operands in candidates]
@@ -132,8 +142,9 @@ def _backward(run: Any, operands: tuple[Any, ...], grad: Tensor) -> tuple[Any, t
     return backward, (out, inputs, grad)
 
 
-def _work(shape: Shape) -> Work:
-    """Two products of head_dim for each pair of a query and a key that it attends to; backward makes five."""
+def _work(shape: Shape, cache_bytes: int | None) -> Work:
+    """Two products of head_dim for each pair of a query and a key that it attends to; backward makes five. Keys and
+    values are `cache_bytes` where they are quantised."""
     first = shape.seq_k - shape.seq_q  # of the diagonal
     pairs = 0
     for query in range(shape.seq_q):
@@ -147,7 +158,10 @@ def _work(shape: Shape) -> Work:
     elements = shape.batch * rows * shape.head_dim
     if shape.mask:
         elements += shape.batch * shape.heads * shape.seq_q * shape.seq_k
-    return Work(elements * shape.dtype.itemsize, operations, "bf16" if shape.dtype == BF16 else "fp32")
+    nbytes = elements * shape.dtype.itemsize
+    if cache_bytes is not None:
+        nbytes += cache_bytes - 2 * shape.batch * shape.kv_heads * shape.seq_k * shape.head_dim * shape.dtype.itemsize
+    return Work(nbytes, operations, "bf16" if shape.dtype == BF16 else "fp32")
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,34 @@ PYBIND11_MODULE(_C, m) {
            const TensorView& positions, const TensorView& block_table, const TensorView& cache_seqlens) {
           launch([&] { kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens); });
         });
+  m.def("attention_quantized",
+        [](const TensorView& q, const TensorView& k_codes, const TensorView& v_codes,
+           const TensorView& k_scales, const TensorView& v_scales, const TensorView& k_tail,
+           const TensorView& v_tail, const TensorView& counts, int bits, int64_t group_size, int64_t residual,
+           int64_t max_len, int64_t head_dim, const TensorView& mask, const TensorView& bias,
+           const TensorView& alibi, const TensorView& sinks, const TensorView& seed, float scale,
+           float softcap, int causal, int64_t window_left, int64_t window_right, double dropout_p,
+           const TensorView& out, const TensorView& lse) {
+          const TensorView none;
+          launch([&] {
+            attention_quantised(
+                {q, none, none, mask, bias, alibi, sinks, none, none, none, none, none, none, seed},
+                {k_codes, v_codes, k_scales, v_scales, k_tail, v_tail, counts, bits, group_size, residual,
+                 max_len, head_dim},
+                {scale, softcap, causal, window_left, window_right, dropout_p}, out, lse);
+          });
+        });
+  m.def("kv_append_quantized",
+        [](const TensorView& k_codes, const TensorView& v_codes, const TensorView& k_scales,
+           const TensorView& v_scales, const TensorView& k_tail, const TensorView& v_tail,
+           const TensorView& counts, int bits, int64_t group_size, int64_t residual, int64_t max_len,
+           int64_t head_dim, const TensorView& k, const TensorView& v) {
+          launch([&] {
+            kv_append_quantised({k_codes, v_codes, k_scales, v_scales, k_tail, v_tail, counts, bits,
+                                 group_size, residual, max_len, head_dim},
+                                k, v);
+          });
+        });
   m.def("sample", [](const TensorView& logits, const TensorView& uniform, const TensorView& out,
                      double temperature, int64_t top_k, double top_p, double min_p) {
     launch([&] { sample(logits, uniform, out, temperature, top_k, top_p, min_p); });

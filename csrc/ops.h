@@ -9,6 +9,8 @@
 
 namespace tilewright {
 
+struct QuantisedKv;  // cpu/quantised_kv.h
+
 // An absent tensor is a default TensorView.
 void norm(const char* op, const TensorView& x, const TensorView& residual, const TensorView& weight,
           const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred);
@@ -38,6 +40,7 @@ void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, i
 struct AttentionInputs {
   const TensorView &q, &k, &v, &mask, &bias, &alibi, &sinks, &q_start, &q_end, &k_start, &k_end, &k_batch,
       &block_table, &seed;
+  const QuantisedKv* quantised = nullptr;  // holds the keys and values that k and v give the shape of
 };
 struct AttentionOptions {
   float scale = 1, softcap = 0;
@@ -57,6 +60,18 @@ struct AttentionGradients {
 };
 void attention_backward(const AttentionInputs& inputs, const AttentionOptions& options,
                         const AttentionGradients& gradients);
+// A quantised KV cache as the layout in cpu/quantised_kv.h says. counts: int64 (2,), tokens in all and as
+// codes.
+struct QuantisedKvInputs {
+  const TensorView &k_codes, &v_codes, &k_scales, &v_scales, &k_tail, &v_tail, &counts;
+  int bits = 8;
+  int64_t group_size = 32, residual = 32, max_len = 0, head_dim = 0;
+};
+// Attention to one; k, v and what says where sequences lie are absent from `inputs`.
+void attention_quantised(const AttentionInputs& inputs, const QuantisedKvInputs& kv,
+                         const AttentionOptions& options, const TensorView& out, const TensorView& lse);
+// Appends the tokens of k and v, (batch, kv_heads, seq, head_dim).
+void kv_append_quantised(const QuantisedKvInputs& kv, const TensorView& k, const TensorView& v);
 // rotary_dim absent: twice the last dimension of cos. In place where the outputs are q and k.
 void rope(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
           const TensorView& positions, const TensorView& out_q, const TensorView& out_k, bool interleaved,

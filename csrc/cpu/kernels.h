@@ -133,8 +133,11 @@ struct AttentionTask {
   int32_t sequence, head, block;
 };
 
+struct QuantisedKv;  // cpu/quantised_kv.h
+
 struct AttentionArgs {
   AttentionTensor q, k, v, out;
+  const QuantisedKv* kv = nullptr;  // the keys and values, where they are codes: k and v have no data then
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, v_dim = 0;
   const AttentionSequence* sequences = nullptr;  // (batch)
   // Pages: key j of sequence b is row j % page_size of page block_table[b * table_stride + j / page_size].
@@ -280,6 +283,8 @@ TW_DECLARE(attention_pack, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_merge, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_pack_quantised, (const AttentionArgs&, int64_t, void*))
+TW_DECLARE(attention_decode_quantised, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_grad_rows, (const AttentionGradArgs&, int64_t, void*))
 TW_DECLARE(attention_grad_pack, (const AttentionGradArgs&, int64_t, void*))
 TW_DECLARE(attention_grad_keys, (const AttentionGradArgs&, int64_t, void*))

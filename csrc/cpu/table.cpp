@@ -40,6 +40,8 @@ Table make() {
   TW_ATTENTION(attention_prefill, AttentionKernel, {attention_prefill_amx, Isa::amx})
   TW_ATTENTION(attention_decode, AttentionKernel)
   TW_ATTENTION(attention_merge, AttentionKernel)
+  TW_ATTENTION(attention_pack_quantised, AttentionKernel)
+  TW_ATTENTION(attention_decode_quantised, AttentionKernel)
   TW_ATTENTION(attention_grad_rows, AttentionGradKernel)
   TW_ATTENTION(attention_grad_pack, AttentionGradKernel)
   TW_ATTENTION(attention_grad_keys, AttentionGradKernel)

@@ -23,6 +23,7 @@ struct Table {
   Entry<PrepareKernel> prepare_bf16;
   Entry<LinearKernel> linear_bf16;
   Entry<AttentionKernel> attention_pack, attention_prefill, attention_decode, attention_merge;
+  Entry<AttentionKernel> attention_pack_quantised, attention_decode_quantised;
   Entry<AttentionGradKernel> attention_grad_rows, attention_grad_pack, attention_grad_keys, attention_grad_q;
   Entry<RopeKernel> rope;
   Entry<ActMulKernel> act_mul;

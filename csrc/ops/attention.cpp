@@ -1,4 +1,6 @@
+#include "cpu/quantised_kv.h"
 #include "ops/attention_call.h"
+#include "ops/kv_quant.h"
 
 namespace tilewright {
 namespace {
@@ -44,6 +46,7 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
     a.lse = lse.as<float>();
     a.lse_rows = in.q.shape[2];
   }
+  a.kv = in.quantised;
   const Table& t = table();
   const bool decode = call.most_rows <= kDecodeRows;
   record(kAttention, (decode ? t.attention_decode : t.attention_prefill).isa);
@@ -60,9 +63,10 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
     a.partials = partials.floats();
     const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
     const int64_t v_ld = (a.v_dim + 31) / 32 * 32;
-    const int64_t bytes = kDecodeRows * (q_ld + 2 * kDecodeChunk + v_ld + 2) * 4;
-    run_tasks(slots * a.chunks, serial, bytes,
-              [&](int64_t task, void* memory) { t.attention_decode.fn(a, task, memory); });
+    const int64_t bytes =
+        a.kv ? quantised_decode_bytes(a.head_dim) : kDecodeRows * (q_ld + 2 * kDecodeChunk + v_ld + 2) * 4;
+    const AttentionKernel chunk = a.kv ? t.attention_decode_quantised.fn : t.attention_decode.fn;
+    run_tasks(slots * a.chunks, serial, bytes, [&](int64_t task, void* memory) { chunk(a, task, memory); });
     if (a.chunks > 1)
       run_tasks(slots * a.rows, serial, v_pad * 4,
                 [&](int64_t task, void* memory) { t.attention_merge.fn(a, task, memory); });
@@ -77,12 +81,27 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
   a.v_not_finite = reinterpret_cast<uint8_t*>(packed.floats()) + k_bytes + v_bytes;
   const std::vector<AttentionTask> packing = key_tasks(call), rows = row_tasks(call);
   a.tasks = packing.data();
-  run_tasks(blocks, serial, 64, [&](int64_t task, void* memory) { t.attention_pack.fn(a, task, memory); });
+  const AttentionKernel pack = a.kv ? t.attention_pack_quantised.fn : t.attention_pack.fn;
+  run_tasks(blocks, serial, 64, [&](int64_t task, void* memory) { pack(a, task, memory); });
   a.tasks = rows.data();
   const int64_t q_pad = padded16(a.head_dim);
   const int64_t bytes = (kQueryRows * (q_pad + 2 * kKeyBlock + v_pad + 2) + kKeyBlock * v_pad) * 4;
   run_tasks(int64_t(rows.size()), serial, bytes,
             [&](int64_t task, void* memory) { t.attention_prefill.fn(a, task, memory); });
+}
+
+void attention_quantised(const AttentionInputs& in, const QuantisedKvInputs& cache,
+                         const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
+  const QuantisedKv kv = quantised_kv(kAttention, cache);
+  TensorView shape;  // keys and values as (batch, kv_heads, length, head_dim) in q's dtype, without data
+  shape.dtype = in.q.dtype;
+  shape.ndim = 4;
+  shape.device_type = 1;
+  const int64_t sizes[4] = {kv.batch, kv.kv_heads, kv.length, kv.head_dim};
+  for (int i = 0; i < 4; ++i) shape.shape[i] = sizes[i], shape.strides[i] = i == 3;
+  attention({in.q, shape, shape, in.mask, in.bias, in.alibi, in.sinks, in.q_start, in.q_end, in.k_start,
+             in.k_end, in.k_batch, in.block_table, in.seed, &kv},
+            options, out, lse);
 }
 
 }  // namespace tilewright

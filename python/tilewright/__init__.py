@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401  (before _C, which asks torch for its DLPac
 from tilewright import flash_attn
 from tilewright._version import __version__
 from tilewright.ops import (
+    QuantizedKV,
     attention,
     gelu_mul,
     kv_append,
@@ -36,6 +37,7 @@ _LAZY: dict[str, str] = {
 }
 
 __all__ = [
+    "QuantizedKV",
     "QuantizedLinear",
     "QuantizedWeight",
     "__version__",

@@ -2,7 +2,7 @@
 // bound by reading K and V once. Partial results merge in chunk order.
 #include "cpu/simd.h"
 //
-#include "cpu/kernels/attention_rows.h"
+#include "cpu/kernels/attention_decode.h"
 
 namespace tilewright {
 namespace {
@@ -205,10 +205,9 @@ TW_INLINE void in_rows(int64_t rows, Fn&& f) {
 template <class D, class T>
 void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
   using Q = typename D::Q;
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t chunk = task % a.chunks, slot = task / a.chunks, b = slot / a.kv_heads, h = slot % a.kv_heads;
-  const Sequence& q = a.sequences[b];
-  const int64_t rows = q.q_count * group;
+  const DecodeTask t(a, task);
+  const Sequence& q = t.q;
+  const int64_t rows = t.rows, h = t.h, lo = t.lo, hi = t.hi;
   const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
   State s;
   s.ld = kDecodeChunk;
@@ -219,26 +218,11 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
   s.out = s.probabilities + kDecodeRows * kDecodeChunk;
   s.max = s.out + kDecodeRows * s.v_pad;
   s.sum = s.max + kDecodeRows;
-  with_storage(a.q.dtype, [&](auto t) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto* from = at<const decltype(t)>(a, a.q, q, h, r);
-      for (int64_t d = 0; d < q_ld; d += W) {
-        const int64_t left = a.head_dim - d;
-        store(queries + r * q_ld + d, left >= W ? load(from + d) : load(from + d, left > 0 ? int(left) : 0));
-      }
-    }
-  });
-  for (int64_t r = 0; r < rows; ++r) {
-    s.max[r] = kMinusInf;
-    s.sum[r] = 0.0f;
-  }
-  std::memset(s.out, 0, size_t(rows * s.v_pad) * 4);
+  t.start(queries, q_ld, s);
 
-  const int64_t lo = visible_keys(a, q, 0).begin, hi = visible_keys(a, q, q.q_count - 1).end;
-  const int64_t chunk_begin = q.k_begin + chunk * kDecodeChunk, chunk_end = chunk_begin + kDecodeChunk;
   const T* k = static_cast<const T*>(a.k.data) + h * a.k.head;
   const T* v = static_cast<const T*>(a.v.data) + h * a.v.head;
-  const int64_t first = chunk_begin, count = max64(0, min64(hi, chunk_end) - first);
+  const int64_t first = t.begin, count = max64(0, min64(hi, t.end) - first);
   // Scores of keys before lo are never looked at, but for those in lo's own vector.
   const int64_t from = max64(0, lo - first) / W * W;
   if (from < count) {
@@ -257,7 +241,7 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
 #endif
       decode_scores<D, T, n.n>(x, q_ld, k, offsets + from, a.head_dim, count - from, to, s.ld);
     });
-    softmax_rows<Q>(a, s, rows, b, h, 0, first, count);
+    softmax_rows<Q>(a, s, rows, t.b, h, 0, first, count);
     Q* weights = reinterpret_cast<Q*>(s.probabilities);
     int n_seen = 0;
     if (lo <= first && !is_general(a)) {
@@ -289,17 +273,7 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
       for (int64_t r = 0; r < rows; ++r) in_order(s.out + r * s.v_pad, s.v_pad);
 #endif
   }
-  if (a.chunks == 1) {
-    for (int64_t r = 0; r < rows; ++r) finish_row(a, b, h, r, s.max[r], s.sum[r], s.out + r * s.v_pad);
-    return;
-  }
-  const int64_t kept = padded16(a.v_dim);
-  float* partial = a.partials + task * a.rows * (kept + 2);
-  for (int64_t r = 0; r < rows; ++r, partial += kept + 2) {
-    partial[0] = s.max[r];
-    partial[1] = s.sum[r];
-    std::memcpy(partial + 2, s.out + r * s.v_pad, size_t(kept) * 4);
-  }
+  t.finish(s);
 }
 
 // One row of one KV head: its chunks' partial results, in ascending order.

@@ -5,11 +5,13 @@ from tilewright.ops.attention import attention, scaled_dot_product_attention
 from tilewright.ops.kv_append import kv_append
 from tilewright.ops.linear import quantized_linear
 from tilewright.ops.norm import layer_norm, rms_norm
+from tilewright.ops.quantized_kv import QuantizedKV
 from tilewright.ops.rope import rope
 from tilewright.ops.rope_tables import rope_tables
 from tilewright.ops.sample import sample
 
 __all__ = [
+    "QuantizedKV",
     "attention",
     "gelu_mul",
     "kv_append",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
+from tilewright.ops.attention_quantized import attention_quantized
 from tilewright.ops.attention_reference import (
     CAUSAL,
     Operands,
@@ -20,6 +21,7 @@ from tilewright.ops.attention_reference import (
     reference,
     reference_backward,
 )
+from tilewright.ops.quantized_kv import QuantizedKV
 from tilewright.ops.registry import check_backend, check_device, contiguous_last, direct, record_reference, register
 
 __all__ = ["attention", "attention_cached", "attention_packed", "attention_reference", "scaled_dot_product_attention"]
@@ -30,8 +32,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | QuantizedKV,
+    v: Tensor | None = None,
     *,
     causal: str | None = None,
     window: tuple[int, int] | None = None,
@@ -48,7 +50,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of ``q`` (batch, heads, seq_q, head_dim) to ``k`` (batch, kv_heads, seq_k, head_dim) and ``v``
     (batch, kv_heads, seq_k, v_dim); heads is a multiple of kv_heads. float32, bfloat16, float16 (float64 runs the
-    reference); a float32 q may meet 16-bit k and v.
+    reference); a float32 q may meet 16-bit k and v. Or k is a `QuantizedKV` and v None: keys and values are read as
+    codes, and there is no gradient.
 
     causal: "top_left" lets query i see keys up to i, "bottom_right" up to i + seq_k - seq_q. window: (left, right)
     keys around the diagonal (bottom-right unless causal is "top_left"), -1 = unbounded. mask: boolean, True =
@@ -69,7 +72,10 @@ def attention(
     check_backend(_OP, backend)
     if causal not in CAUSAL:
         raise ValueError(f"{_OP}: causal must be one of {CAUSAL}, got {causal!r}")
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    quantized = isinstance(k, QuantizedKV)
+    if quantized and v is not None:
+        raise TypeError(f"{_OP}: a QuantizedKV holds keys and values; call attention(q, kv) without v")
+    if not (isinstance(q, Tensor) and (quantized or (isinstance(k, Tensor) and isinstance(v, Tensor)))):
         raise TypeError(
             f"{_OP}: q, k and v must be tensors, got {type(q).__name__}, {type(k).__name__}, {type(v).__name__}"
         )
@@ -82,6 +88,9 @@ def attention(
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
     operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p))
     options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
+    if quantized:
+        result, lse = attention_quantized(operands, k, options, backend, out)
+        return (result, lse) if return_lse else result
     if backend != "reference" and direct(*operands[:7], out):
         try:  # the kernel checks; where it refuses, the wording for all paths stands in _check_shapes
             result, lse = _attention(operands, options, return_lse, out)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from tilewright import _C
+from tilewright.ops.quantized_kv import QuantizedKV, append_quantized
 from tilewright.ops.registry import check_device, contiguous_last, direct, register
 
 
+@overload
+def kv_append(quantized_kv: QuantizedKV, k: Tensor, v: Tensor, /) -> QuantizedKV: ...
+@overload
 def kv_append(
     cache_k: Tensor,
     cache_v: Tensor,
@@ -18,7 +24,8 @@ def kv_append(
     *,
     block_table: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: ...
+def kv_append(cache_k, cache_v=None, k=None, v=None, positions=None, *, block_table=None, cache_seqlens=None):
     """Writes k and v into their caches in place, in the caches' dtypes, and returns the caches.
 
     k, v: (batch, kv_heads, seq, head_dim), their head_dims may differ; cache_k, cache_v: (batch, kv_heads,
@@ -33,9 +40,25 @@ def kv_append(
     head_dim), and slot p is slot ``p % page_size`` of page ``block_table[b, p // page_size]``. Of two tokens
     with one slot the later one stays (batch elements in order, tokens in order).
 
+    ``kv_append(quantized_kv, k, v)`` appends the tokens to every sequence of a `QuantizedKV` instead, and returns it;
+    k and v have its head_dim, and there are no other arguments.
+
     Raises ValueError, before anything is written, for slots or pages out of range, other shapes or dtypes,
-    memory that overlaps, both positions and cache_seqlens, or a tensor that needs a gradient.
+    memory that overlaps, both positions and cache_seqlens, a QuantizedKV without room, or a tensor that needs a
+    gradient.
     """
+    if isinstance(cache_k, QuantizedKV):
+        if cache_v is None:
+            cache_v, k = k, v  # passed by name
+        elif v is not None:
+            raise TypeError("kv_append: a QuantizedKV holds keys and values; call kv_append(quantized_kv, k, v)")
+        if any(x is not None for x in (positions, block_table, cache_seqlens)):
+            raise ValueError(
+                "kv_append: a QuantizedKV grows at its end; positions, block_table and cache_seqlens do not apply"
+            )
+        return append_quantized(cache_k, cache_v, k)
+    if cache_v is None or k is None or v is None:
+        raise TypeError("kv_append: expected (cache_k, cache_v, k, v) or (quantized_kv, k, v)")
     if direct(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
         _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
         return cache_k, cache_v
