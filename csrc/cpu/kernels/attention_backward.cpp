@@ -228,7 +228,8 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
       if (g.slopes)
         slope_sum = fma(ds, abs(add(set1(float(first + j - line.diagonal)), lane_index())), slope_sum);
     }
-    store(grads + j, mul(mul(ds, w.slant), scale));
+    // Where K is masked, softcap's slant may be NaN too.
+    store(grads + j, or_zero(w, mul(mul(ds, w.slant), scale)));
   }
   if constexpr (General) {
     if (g.slopes) g.slopes[split * g.slots + place] += reduce_add(slope_sum);
