@@ -38,7 +38,7 @@ from tilewright.ops.attention_reference import (
 # As many examples as TILEWRIGHT_FUZZ says, new ones each time; without it the same ones every time.
 EXAMPLES = os.environ.get("TILEWRIGHT_FUZZ")
 FUZZ = settings(
-    max_examples=int(EXAMPLES or 600),
+    max_examples=int(EXAMPLES or 2000),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,
