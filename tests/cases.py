@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tilewright
+from tilewright.ops.attention_reference import Operands, dropout_keep
 from tilewright.quant import QuantizedWeight, from_gguf, quantize_weight
 
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
@@ -181,8 +182,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple
     s = s.masked_fill(~allowed_keys(batch, heads, seq_q, seq_k, options), -INF)
     if options.get("sinks") is not None:
         s = torch.cat([s, options["sinks"].to(dtype).view(1, -1, 1, 1).expand(batch, heads, seq_q, 1)], -1)
-    lse = torch.logsumexp(s, -1)
-    p = torch.nan_to_num(torch.softmax(s, -1), nan=0.0)[..., :seq_k]  # NaN: a row without keys
+    nothing = (s == -INF).all(-1, keepdim=True)  # torch gives NaN, and NaN gradients, to a row without keys
+    s = s.masked_fill(nothing, 0.0)
+    lse = torch.logsumexp(s, -1).masked_fill(nothing.squeeze(-1), -INF)
+    p = torch.softmax(s, -1).masked_fill(nothing, 0.0)[..., :seq_k]
+    if options.get("dropout_p"):
+        p = p * dropout_keep(Operands(q, k, v, seed=options["seed"]), options["dropout_p"]) / (1 - options["dropout_p"])
     return p @ v, lse
 
 

@@ -29,7 +29,7 @@ inline void expect_storage(const char* op, const char* name, const TensorView& t
 }
 
 inline void expect_unit_stride(const char* op, const char* name, const TensorView& t) {
-  TW_EXPECT(t.ndim >= 1 && (t.stride(-1) == 1 || t.dim(-1) <= 1), op,
+  TW_EXPECT(t.ndim >= 1 && (t.stride(-1) == 1 || t.dim(-1) <= 1 || t.numel() == 0), op,
             std::string(name) + " must be contiguous in its last dimension, got stride " +
                 std::to_string(t.ndim ? t.stride(-1) : 0));
 }

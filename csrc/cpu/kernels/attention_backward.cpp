@@ -170,7 +170,7 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
     F attended;  // finite scores: what is masked may have a NaN for its gradient
   };
   F total = set1(1.0f);
-  const bool alone = s.blocks == 1;  // all keys of the row are in this block
+  const bool alone = lo >= 0 && hi <= kKeyBlock;  // all keys that the row sees are in this block
   const auto weights = [&](int64_t j) {
     Weights w;
     w.slant = set1(1.0f);
@@ -228,7 +228,8 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
       if (g.slopes)
         slope_sum = fma(ds, abs(add(set1(float(first + j - line.diagonal)), lane_index())), slope_sum);
     }
-    store(grads + j, mul(mul(ds, w.slant), scale));
+    // Where K is masked, softcap's slant may be NaN too.
+    store(grads + j, or_zero(w, mul(mul(ds, w.slant), scale)));
   }
   if constexpr (General) {
     if (g.slopes) g.slopes[split * g.slots + place] += reduce_add(slope_sum);

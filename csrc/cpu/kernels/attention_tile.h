@@ -50,18 +50,24 @@ struct Bf16Pairs {
 template <class E, bool Transposed, int MR, int NV>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc,
           bool accumulate) {
-  F acc[MR][NV];
-  TW_UNROLL for (int i = 0; i < MR; ++i) {
-    TW_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : zero();
-  }
-  for (int64_t p = 0; p < k; ++p) {
-    TW_UNROLL for (int i = 0; i < MR; ++i) {
-      TW_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-          E::madd(Transposed ? a + p * lda + i : a + i * lda + p, b + p * ldb + j * W, acc[i][j]);
+  // Sums of 128 terms, then the sum of those: the error grows with the number of terms in a row of additions.
+  constexpr int64_t kTerms = 128;
+  for (int64_t first = 0; first < k || first == 0; first += kTerms) {
+    const int64_t end = k - first < kTerms ? k : first + kTerms;
+    F acc[MR][NV];
+    TW_UNROLL for (int i = 0; i < MR; ++i) { TW_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = zero(); }
+    for (int64_t p = first; p < end; ++p) {
+      TW_UNROLL for (int i = 0; i < MR; ++i) {
+        TW_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+            E::madd(Transposed ? a + p * lda + i : a + i * lda + p, b + p * ldb + j * W, acc[i][j]);
+      }
     }
-  }
-  TW_UNROLL for (int i = 0; i < MR; ++i) {
-    TW_UNROLL for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      TW_UNROLL for (int j = 0; j < NV; ++j) {
+        float* to = c + i * ldc + j * W;
+        store(to, accumulate || first > 0 ? add(load(to), acc[i][j]) : acc[i][j]);
+      }
+    }
   }
 }
 

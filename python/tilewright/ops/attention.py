@@ -241,7 +241,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) from the kernel; float64 runs the reference."""
     if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
-        _check_shapes(t.q, t.k, t.v)
+        if t.q_start is None and t.k_batch is None and t.block_table is None:
+            _check_shapes(t.q, t.k, t.v)
         record_reference(_OP)
         wide, lse = reference(t, options)
         wide = wide.to(t.q.dtype)
@@ -320,9 +321,9 @@ def _attention_backward_cpu(grad_out, grad_lse, *arguments):
     needs_bias, needs_alibi = arguments[22:]
     if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
         return reference_backward(grad_out, grad_lse, t, options)
-    # Keys and rows that belong to no sequence have a gradient of 0.
+    # Keys and rows that belong to no sequence have a gradient of 0, and so have keys without any row.
     ragged = t.q_start is not None or t.k_start is not None or t.k_end is not None
-    like = torch.zeros_like if ragged else torch.empty_like
+    like = torch.zeros_like if ragged or t.q.shape[2] == 0 else torch.empty_like
     contiguous = torch.contiguous_format
     grads = [like(x, memory_format=contiguous) for x in (t.q, t.k, t.v)]
     extra = [

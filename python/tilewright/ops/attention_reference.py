@@ -298,7 +298,8 @@ def _dense_backward(
         weight = torch.exp(t.sinks.double().view(1, -1, 1, 1) - lse.masked_fill(lse == -torch.inf, torch.inf))
         grads[5] -= (weight * delta).sum((0, 2, 3))
     if options.softcap:
-        grad_s = grad_s * (1 - torch.tanh(raw / options.softcap).square())
+        slant = 1 - torch.tanh(raw / options.softcap).square()
+        grad_s = grad_s * slant.masked_fill(s == -torch.inf, 0.0)  # a masked key may be NaN
     grad_s = grad_s * options.scale
     grads[0] += grad_s @ k
     grads[1] += (grad_s.transpose(-1, -2) @ t.q).unflatten(1, (-1, group)).sum(2)
