@@ -366,3 +366,12 @@ def test_float64_pages() -> None:
     out, _ = attention_packed(Operands(q, pages, pages, block_table=table.int()))
     k = pages[table].transpose(1, 2).flatten(2, 3)
     assert torch.equal(out, attention(q, k, k))
+
+
+def test_dropout_in_float64() -> None:
+    """The factor 1 / (1 - p) has float64's accuracy in the gradient too."""
+    q, k, v = (torch.randn(1, 1, n, 4).double() for n in (48, 1, 1))
+    v.requires_grad_()
+    out, _ = attention_packed(Operands(q, k, v, seed=torch.tensor([3])), dropout_p=0.1)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close((grad * v).sum(), out.sum(), rtol=1e-13, atol=0)

@@ -279,7 +279,7 @@ def _dense_backward(
     p, lse = probabilities(s, t.sinks)
     kept = torch.ones_like(p)
     if options.dropout_p:
-        kept = dropout_keep(t, options.dropout_p, sequence) / ((1 - options.dropout_p) or 1.0)
+        kept = dropout_keep(t, options.dropout_p, sequence).double() / ((1 - options.dropout_p) or 1.0)
     # A value that nothing attends may be anything, as in `_dense`.
     seen = (s > -torch.inf).unflatten(1, (-1, group)).any(2).any(-2).unsqueeze(-1)
     v = torch.where(seen, t.v, torch.zeros_like(t.v)).repeat_interleave(group, 1)
