@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -226,3 +228,23 @@ def test_backends_by_name() -> None:
     out = attention(q, k, v, backend="reference", out=torch.empty_like(q))
     assert tilewright.last_impl("attention") == "reference"
     assert_same_bits(out, attention_reference(q, k, v)[0].float())
+
+
+MEASURE = """
+import re, torch, tilewright
+def high_water():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+q, k, v = (torch.randn(1, 1, 8192, 64, requires_grad=True) for _ in "qkv")
+mask = (torch.arange(8192) % 7 > 0).expand(1, 1, 8192, 8192)
+tilewright.attention(q[:, :, :64], k, v, mask=mask[:, :, :64]).sum().backward()  # what is loaded on first use
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
+before = high_water()
+tilewright.attention(q, k, v, mask=mask, causal="bottom_right").sum().backward()
+print(high_water() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
+    """8,192 x 8,192 scores would be 268 MB and bytes 67 MB; q, k, v are 2 MB each, and so are the 16 parts of dQ."""
+    output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    assert int(output) < 60e6, f"{int(output) / 1e6:.0f} MB"
