@@ -21,6 +21,17 @@ def _seed() -> None:
     torch.manual_seed(20)
 
 
+@pytest.fixture
+def one_thread_for_torch() -> Iterator[None]:
+    """One thread for torch's side of a comparison, two for ours: small operations wait for each other with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tilewright.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+    _C.set_num_threads(0)
+
+
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -24,22 +24,13 @@ from cases import (
 from compare import assert_close, assert_same_bits
 from torch import Tensor
 
-import tilewright
-from tilewright import _C, attention
+from tilewright import attention
 from tilewright.ops.attention import attention_cached, attention_reference
 
 NORESERVE = 0x4000  # mmap.MAP_NORESERVE, which Python 3.11 does not name
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

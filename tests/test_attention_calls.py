@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,19 +14,10 @@ from compare import assert_close, assert_same_bits
 from torch import Tensor
 
 import tilewright
-from tilewright import _C, attention, scaled_dot_product_attention
+from tilewright import attention, scaled_dot_product_attention
 from tilewright.ops.attention import attention_reference
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

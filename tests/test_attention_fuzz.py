@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -20,8 +19,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tilewright
-from tilewright import _C, attention
+from tilewright import attention
 from tilewright.ops.attention import attention_packed
 from tilewright.ops.attention_reference import (
     CAUSAL,
@@ -52,15 +50,7 @@ KINDS = ("dense", "padded", "indexed", "paged", "packed", "packed_keys", "packed
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -12,21 +12,11 @@ from cases import INF, assert_ran_natively, lay_out, naive_attention, seeded
 from compare import assert_close
 from torch import Tensor
 
-import tilewright
-from tilewright import _C, attention
+from tilewright import attention
 from tilewright.ops.attention import attention_packed, dropout_seed
 from tilewright.ops.attention_reference import Operands, attention_reference
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 # Patterns of masks and biases as in cases.py; a bias or float mask says its dtype too, "own" is that of q.

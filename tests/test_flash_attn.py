@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,21 +13,13 @@ from flash_loop import assert_like_loop, loop_attention, plain_attention, slopes
 from torch import Tensor
 
 import tilewright
-from tilewright import _C, flash_attn
+from tilewright import flash_attn
 from tilewright.flash_attn import flash_attn_func, flash_attn_varlen_func
 
 Sequences = list[tuple[Tensor, Tensor, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

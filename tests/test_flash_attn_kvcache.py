@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -12,20 +12,9 @@ from compare import assert_close, assert_same_bits
 from flash_loop import assert_like_loop
 from torch import Tensor
 
-import tilewright
-from tilewright import _C
 from tilewright.flash_attn import flash_attn_with_kvcache
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from compare import assert_close, assert_same_bits
 from torch import Tensor
 
 import tilewright
-from tilewright import _C, QuantizedWeight, quantize_weight, quantized_linear
+from tilewright import QuantizedWeight, quantize_weight, quantized_linear
 from tilewright.ops.linear import ACTIVATIONS, quantise_activations, quantized_linear_reference
 from tilewright.quant import from_gguf
 from tilewright.quant.weight import pack
@@ -21,15 +21,7 @@ from tilewright.quant.weight import pack
 INTEGER = ("int8", "int8_token")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def naive_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,21 +15,13 @@ from compare import assert_close, assert_same_bits
 from torch import Tensor
 
 import tilewright
-from tilewright import _C, QuantizedKV, attention, kv_append
+from tilewright import QuantizedKV, attention, kv_append
 from tilewright.ops.attention import attention_reference
 
 BITS = (8, 4)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One thread for torch's side of the comparison, two for ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-    _C.set_num_threads(0)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def filled(k: Tensor, v: Tensor, bits: int, spare: int = 0, **options: int) -> QuantizedKV:

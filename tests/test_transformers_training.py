@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-import tilewright
 
 transformers = pytest.importorskip("transformers")
 
@@ -18,16 +15,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel  # noqa: E4
 
 from tilewright.integrations import transformers as integration  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    tilewright.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    tilewright.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def training(name: str, implementation: str, dropout: float = 0.0, checkpointing: bool = False) -> PreTrainedModel:
