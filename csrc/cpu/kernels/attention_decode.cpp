@@ -141,7 +141,7 @@ void decode_scores_of_4(const bf16* q, int64_t q_ld, const bf16* k, const int64_
 template <int N>
 void decode_value_pairs(const float* p, int64_t ld, const bf16* v, const int64_t* offsets, int64_t d,
                         int count, float* out, int64_t out_ld) {
-  const auto columns = [&](int64_t at, int first, int last, auto wide, auto whole) {
+  const auto columns = [&](int64_t at, auto wide, auto whole) {
     constexpr int C = decltype(wide)::n;  // times 32 columns: N * 2C accumulators
     const auto read = [&](const bf16* row, int c) {
       if constexpr (decltype(whole)::n) return _mm512_loadu_si512(row + at + c * 32);
@@ -159,26 +159,26 @@ void decode_value_pairs(const float* p, int64_t ld, const bf16* v, const int64_t
         acc[t][2 * c + 1] = dot_pairs(high, weights, acc[t][2 * c + 1]);
       }
     };
-    int i = first;
-    for (; i + 2 <= last; i += 2) {
+    int i = 0;
+    for (; i + 2 <= count; i += 2) {
       const bf16 *x = v + offsets[i], *y = v + offsets[i + 1];
       TW_UNROLL for (int c = 0; c < C; ++c) step(i, c, read(x, c), read(y, c));
     }
-    if (i < last) {
+    if (i < count) {
       TW_UNROLL for (int c = 0; c < C; ++c) step(i, c, read(v + offsets[i], c), _mm512_setzero_si512());
     }
     TW_UNROLL for (int t = 0; t < N; ++t) {
       TW_UNROLL for (int c = 0; c < 2 * C; ++c) store(out + t * out_ld + at + c * W, acc[t][c]);
     }
   };
-  constexpr int kKeys = 64;  // whose rows stay in L1 until all their columns are done
-  for (int first = 0; first < count; first += kKeys) {
-    const int last = int(min64(first + kKeys, count));
-    int64_t at = 0;
-    for (; at + 64 <= d; at += 64) columns(at, first, last, Count<2>{}, Count<1>{});
-    for (; at + 32 <= d; at += 32) columns(at, first, last, Count<1>{}, Count<1>{});
-    if (at < d) columns(at, first, last, Count<1>{}, Count<0>{});
-  }
+  // Whole rows at once, as they lie in memory, even where accumulators spill: passes of 64 columns read half
+  // as fast.
+  int64_t at = 0;
+  for (; at + 128 <= d; at += 128) columns(at, Count<4>{}, Count<1>{});
+  if (at + 96 <= d) columns(at, Count<3>{}, Count<1>{}), at += 96;
+  if (at + 64 <= d) columns(at, Count<2>{}, Count<1>{}), at += 64;
+  if (at + 32 <= d) columns(at, Count<1>{}, Count<1>{}), at += 32;
+  if (at < d) columns(at, Count<1>{}, Count<0>{});
 }
 
 // Columns of decode_value_pairs in their natural order.
@@ -257,17 +257,22 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
     }
     if (n_seen % 2)  // the second of a pair
       for (int64_t r = 0; r < rows; ++r) weights[r * s.ld + n_seen] = from_float<Q>(0.0f);
-    in_rows(rows, [&](int64_t r, auto n) {
-      if constexpr (D::pairs) {
+    // Some keys at a time, whose rows stay in L1 until all columns of all queries are done.
+    const int keys = D::pairs && a.v_dim <= 128 ? 64 : 16;
+    for (int i = 0; i < n_seen; i += keys)
+      in_rows(rows, [&](int64_t r, auto n) {
+        const int some = int(min64(keys, n_seen - i));
+        float* out = s.out + r * s.v_pad;
+        if constexpr (D::pairs) {
 #if defined(__AVX512BF16__)
-        decode_value_pairs<n.n>(s.probabilities + r * s.ld / 2, s.ld, v, offsets, a.v_dim, n_seen,
-                                s.out + r * s.v_pad, s.v_pad);
+          decode_value_pairs<n.n>(s.probabilities + (r * s.ld + i) / 2, s.ld, v, offsets + i, a.v_dim, some,
+                                  out, s.v_pad);
 #endif
-      } else {
-        decode_values<T, n.n>(s.probabilities + r * s.ld, s.ld, v, offsets, a.v_dim, n_seen,
-                              s.out + r * s.v_pad, s.v_pad);
-      }
-    });
+        } else {
+          decode_values<T, n.n>(s.probabilities + r * s.ld + i, s.ld, v, offsets + i, a.v_dim, some, out,
+                                s.v_pad);
+        }
+      });
 #if defined(__AVX512BF16__)
     if constexpr (D::pairs)
       for (int64_t r = 0; r < rows; ++r) in_order(s.out + r * s.v_pad, s.v_pad);
