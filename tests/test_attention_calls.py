@@ -235,6 +235,7 @@ print(high_water() - before)
 """
 
 
+@pytest.mark.measures
 def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     """8,192 x 8,192 scores would be 268 MB and bytes 67 MB; q, k, v are 2 MB each, and so are the 16 parts of dQ."""
     output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout

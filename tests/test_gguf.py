@@ -150,7 +150,7 @@ def test_smollm2_as_the_gguf_package_reads_it() -> None:
             assert file.raw(theirs.name).numpy().tobytes() == theirs.data.tobytes()
 
 
-@pytest.mark.timing
+@pytest.mark.measures
 def test_parses_smollm2_in_well_under_a_tenth_of_a_second() -> None:
     path = pull("smollm2", progress=False)
     times = []

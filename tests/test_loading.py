@@ -533,7 +533,7 @@ def measure(path: Path, quantization: str = "None", *first: str) -> tuple[int, i
     return int(growth), int(packed), float(seconds)
 
 
-@pytest.mark.timing
+@pytest.mark.measures
 def test_default_model_loads_fast_and_small(folder: Path) -> None:
     path = pull("smollm2")
     growth, packed, seconds = measure(path, "None", str(folder))
