@@ -36,7 +36,7 @@ void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, i
 //   q_start, q_end: sequences packed in the rows of a q of batch 1, and in those of a k and v of batch 1.
 //   k_start, k_end: valid keys; k_batch: which row of k and v (or of the block table) a sequence reads.
 //   block_table: int32 (batch, max_blocks); k and v are pages, (num_blocks, kv_heads, page_size, head_dim).
-//   All but the block table are int64 (batch).
+//   q_start to k_batch are int64 (batch), seed is one int64: dropout needs it.
 struct AttentionInputs {
   const TensorView &q, &k, &v, &mask, &bias, &alibi, &sinks, &q_start, &q_end, &k_start, &k_end, &k_batch,
       &block_table, &seed;

@@ -230,7 +230,7 @@ def test_attention_weights_are_refused() -> None:
 # --- the attention function itself, against transformers' sdpa function where that knows the keyword ---
 
 
-def module_stub(**attributes: Any) -> Any:
+def attention_module(**attributes: Any) -> Any:
     return SimpleNamespace(num_key_value_groups=2, **attributes)
 
 
@@ -254,9 +254,11 @@ def test_causality_without_a_mask(seq_q: int, is_causal: bool | None, attribute:
     q, k, v = qkv(seq_q=seq_q)
     bias = torch.randn(1, 4, seq_q, 9, generator=torch.Generator().manual_seed(1)) if biased else None
     expected, _ = sdpa_attention_forward(
-        module_stub(**attribute), q, k, v, None, is_causal=is_causal, position_bias=bias
+        attention_module(**attribute), q, k, v, None, is_causal=is_causal, position_bias=bias
     )
-    out, weights = attention_forward(module_stub(**attribute), q, k, v, None, is_causal=is_causal, position_bias=bias)
+    out, weights = attention_forward(
+        attention_module(**attribute), q, k, v, None, is_causal=is_causal, position_bias=bias
+    )
     assert weights is None
     assert out.shape == (2, seq_q, 4, 16) and out.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -269,20 +271,20 @@ def test_masks_with_and_without_position_bias(boolean: bool) -> None:
     allowed = torch.rand(2, 1, 5, 9, generator=generator) > 0.4
     mask = allowed if boolean else torch.zeros(2, 1, 5, 9).masked_fill(~allowed, torch.finfo(torch.float32).min)
     for bias in (None, torch.randn(1, 4, 5, 9, generator=generator)):
-        out, _ = attention_forward(module_stub(), q, k, v, mask, scaling=0.3, position_bias=bias)
-        expected, _ = sdpa_attention_forward(module_stub(), q, k, v, mask, scaling=0.3, position_bias=bias)
+        out, _ = attention_forward(attention_module(), q, k, v, mask, scaling=0.3, position_bias=bias)
+        expected, _ = sdpa_attention_forward(attention_module(), q, k, v, mask, scaling=0.3, position_bias=bias)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sliding_window_without_a_mask() -> None:
     near = (torch.arange(9).view(-1, 1) - torch.arange(9)).abs() < 3
     q, k, v = qkv(seq_q=9)
-    out, _ = attention_forward(module_stub(is_causal=True), q, k, v, None, sliding_window=3)
+    out, _ = attention_forward(attention_module(is_causal=True), q, k, v, None, sliding_window=3)
     torch.testing.assert_close(out.double(), plain(q, k, v, near.tril()), rtol=1e-5, atol=1e-5)
-    out, _ = attention_forward(module_stub(is_causal=False), q, k, v, None, sliding_window=3)
+    out, _ = attention_forward(attention_module(is_causal=False), q, k, v, None, sliding_window=3)
     torch.testing.assert_close(out.double(), plain(q, k, v, near), rtol=1e-5, atol=1e-5)
     q, k, v = qkv(seq_q=1)
-    out, _ = attention_forward(module_stub(), q, k, v, None, sliding_window=3)
+    out, _ = attention_forward(attention_module(), q, k, v, None, sliding_window=3)
     torch.testing.assert_close(out.double(), plain(q, k[:, :, 6:], v[:, :, 6:]), rtol=1e-5, atol=1e-5)
 
 
@@ -290,14 +292,14 @@ def test_softcap_and_sinks() -> None:
     q, k, v = qkv()
     sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0])
     options = {"softcap": 1.5, "is_causal": False}
-    out, _ = attention_forward(module_stub(), q, k, v, None, s_aux=sinks, **options)
+    out, _ = attention_forward(attention_module(), q, k, v, None, s_aux=sinks, **options)
     expected = plain(q, k, v, softcap=1.5, sinks=sinks.double())
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     assert (expected - plain(q, k, v, sinks=sinks.double())).abs().max() > 1e-2
     assert (expected - plain(q, k, v, softcap=1.5)).abs().max() > 1e-2
     # A sink a token, as Inkling passes it; with the same value everywhere it is the same as a sink a head.
     a_token = sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1)
-    out, _ = attention_forward(module_stub(), q, k, v, None, sinks=a_token, **options)
+    out, _ = attention_forward(attention_module(), q, k, v, None, sinks=a_token, **options)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -309,7 +311,7 @@ def test_packed_sequences(causal: bool, window: int | None) -> None:
     bounds_q, bounds_k = [0, 3, 3, 7], [0, 5, 7, 11]
     packed = {"cu_seq_lens_q": torch.tensor(bounds_q, dtype=torch.int32), "max_length_q": 4}
     packed |= {"cu_seq_lens_k": torch.tensor(bounds_k, dtype=torch.int32), "max_length_k": 5}
-    out, _ = attention_forward(module_stub(is_causal=causal), q, k, v, None, sliding_window=window, **packed)
+    out, _ = attention_forward(attention_module(is_causal=causal), q, k, v, None, sliding_window=window, **packed)
     options: dict[str, Any] = {"causal": "bottom_right" if causal else None}
     options["window"] = None if window is None else (window - 1, window - 1)
     for i in range(3):
@@ -326,13 +328,13 @@ def test_packed_sequences_restrict_a_mask() -> None:
     same = torch.zeros(6, 6, dtype=torch.bool)
     same[:2, :2] = same[2:, 2:] = True
     for mask in (allowed, torch.zeros(6, 6).masked_fill(~allowed, -torch.inf)):
-        out, _ = attention_forward(module_stub(), q, k, v, mask, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+        out, _ = attention_forward(attention_module(), q, k, v, mask, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
         torch.testing.assert_close(out.double(), plain(q, k, v, allowed & same), rtol=1e-5, atol=1e-5)
 
 
 def test_learned_queries_with_batch_one() -> None:
     q, k, v = qkv()
-    out, _ = attention_forward(module_stub(), q[:1], k, v, None, is_causal=False)
+    out, _ = attention_forward(attention_module(), q[:1], k, v, None, is_causal=False)
     torch.testing.assert_close(out.double(), plain(q[:1].expand(2, -1, -1, -1), k, v), rtol=1e-5, atol=1e-5)
 
 
@@ -340,7 +342,7 @@ def test_autocast_takes_mixed_dtypes() -> None:
     """Rotary embeddings in float32 leave q and k wider than v."""
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _ = attention_forward(module_stub(), q, k, v.bfloat16(), None, is_causal=False)
+        out, _ = attention_forward(attention_module(), q, k, v.bfloat16(), None, is_causal=False)
     assert out.dtype == torch.bfloat16
     exact = plain(*(t.bfloat16() for t in (q, k, v)))
     torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
@@ -366,13 +368,13 @@ def test_autocast_takes_mixed_dtypes() -> None:
 )
 def test_keywords_that_are_refused(keywords: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        attention_forward(module_stub(), *qkv(), None, **keywords)
+        attention_forward(attention_module(), *qkv(), None, **keywords)
 
 
 @pytest.mark.parametrize("models_loaded", [True, False])
 def test_keywords_that_are_not_ours(models_loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
-    expected, _ = attention_forward(module_stub(), q, k, v, None)
+    expected, _ = attention_forward(attention_module(), q, k, v, None)
     riders = {"use_cache": True, "position_ids": torch.arange(5), "output_attentions": False, "deterministic": True}
     riders |= {"num_items_in_batch": torch.tensor(3), "vision_feature_layer": -1, "head_mask": None, "cache": None}
     if models_loaded:
@@ -381,16 +383,16 @@ def test_keywords_that_are_not_ours(models_loaded: bool, monkeypatch: pytest.Mon
     else:
         monkeypatch.setattr(PreTrainedModel, "__subclasses__", list)
         monkeypatch.setattr("tilewright.integrations.transformers._model_inputs", {})
-    out, _ = attention_forward(module_stub(), q, k, v, None, 0.0, **riders)
+    out, _ = attention_forward(attention_module(), q, k, v, None, 0.0, **riders)
     assert torch.equal(out, expected)
 
 
 def test_tensors_elsewhere_are_refused() -> None:
     q, k, v = (t.to("meta") for t in qkv())
-    assert attention_forward(module_stub(), q, k, v, None)[0].shape == (2, 5, 4, 16)
+    assert attention_forward(attention_module(), q, k, v, None)[0].shape == (2, 5, 4, 16)
     fake = SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.raises(NotImplementedError, match="must be on the CPU, got cuda:0"):
-        attention_forward(module_stub(), fake, fake, fake, None)
+        attention_forward(attention_module(), fake, fake, fake, None)
 
 
 # --- the mask function ---

@@ -174,7 +174,7 @@ struct AttentionGradArgs {
   float* slopes = nullptr;  // [splits][q_batch][heads][lse_rows]: a row's sum of grad_score * distance
   float* delta = nullptr;   // as lse: sum of grad_out * out - grad_lse
   int64_t splits = 1;       // key blocks i, i + splits, ... are one task's
-  int64_t slots = 0;        // elements of q in lse's layout
+  int64_t lse_size = 0;     // elements of lse
   // Per (sequence, KV head, row block): operands of 4-byte elements; see attention_backward.cpp.
   float* rows = nullptr;
   // Per (sequence, KV head, key block)
@@ -191,6 +191,10 @@ constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the gr
 constexpr int64_t kDecodeChunk = 256;  // keys per decode task, and per softmax step
 // Bytes a packed K or V block needs, and the scratch of one task, at any level.
 inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t padded32(int64_t n) { return (n + 31) / 32 * 32; }
+inline int64_t decode_bytes(int64_t head_dim, int64_t v_dim) {
+  return kDecodeRows * (padded32(head_dim) + 2 * kDecodeChunk + padded32(v_dim) + 2) * 4;
+}
 inline int64_t packed_block_elements(int64_t d) { return kKeyBlock * padded16(d); }  // of 4 bytes
 inline int64_t grad_rows_elements(int64_t q_pad, int64_t v_pad) { return kGradRows * (q_pad + v_pad); }
 inline int64_t grad_keys_elements(int64_t q_pad, int64_t v_pad) { return kKeyBlock * (2 * q_pad + v_pad); }

@@ -140,5 +140,19 @@ TW_INLINE F exp(F x) {
   return scale2(p, n);
 }
 
+// 2^x with a relative error below 3e-7 for x <= 0; 0 for -inf, NaN stays NaN.
+TW_INLINE F exp2(F x) {
+  const F clamped = max_propagate(x, set1(-160.0f));
+  const F n = round_even(clamped), r = sub(clamped, n);
+  F p = set1(1.535336188319500e-4f);
+  p = fma(p, r, set1(1.339887440266574e-3f));
+  p = fma(p, r, set1(9.618437357674640e-3f));
+  p = fma(p, r, set1(5.550332471162809e-2f));
+  p = fma(p, r, set1(2.402264791363012e-1f));
+  p = fma(p, r, set1(6.931472028550421e-1f));
+  p = fma(p, r, set1(1.0f));
+  return scale2(p, n);
+}
+
 }  // namespace
 }  // namespace tilewright

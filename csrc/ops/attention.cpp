@@ -53,18 +53,13 @@ void attention(const AttentionInputs& in, const AttentionOptions& options, const
   if (a.batch == 0 || a.heads == 0 || call.most_rows == 0 || (a.v_dim == 0 && !a.lse)) return;
 
   const int64_t slots = a.batch * a.kv_heads, v_pad = padded16(a.v_dim);
-  // Multiply-adds below which waking the team costs more than it saves.
-  constexpr int64_t kSerial = 1 << 18;
-  const bool serial = double(call.pairs) * double(a.head_dim + a.v_dim) < kSerial;
+  const bool serial = call.is_small();
   if (decode) {
     a.rows = call.most_rows;
     a.chunks = std::max<int64_t>(1, (call.longest + kDecodeChunk - 1) / kDecodeChunk);
     Workspace partials(a.chunks == 1 ? 0 : slots * a.chunks * a.rows * (v_pad + 2) * 4);
     a.partials = partials.floats();
-    const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
-    const int64_t v_ld = (a.v_dim + 31) / 32 * 32;
-    const int64_t bytes =
-        a.kv ? quantised_decode_bytes(a.head_dim) : kDecodeRows * (q_ld + 2 * kDecodeChunk + v_ld + 2) * 4;
+    const int64_t bytes = a.kv ? quantised_decode_bytes(a.head_dim) : decode_bytes(a.head_dim, a.v_dim);
     const AttentionKernel chunk = a.kv ? t.attention_decode_quantised.fn : t.attention_decode.fn;
     run_tasks(slots * a.chunks, serial, bytes, [&](int64_t task, void* memory) { chunk(a, task, memory); });
     if (a.chunks > 1)

@@ -102,20 +102,20 @@ void attention_backward(const AttentionInputs& in, const AttentionOptions& optio
   constexpr int64_t kTasks = 16;
   const bool key_shared = g.grad_bias && g.bias_key == 0;
   g.splits = key_shared ? 1 : std::min(most_blocks, std::max<int64_t>(1, kTasks / slots));
-  g.slots = in.q.shape[0] * a.heads * in.q.shape[2];
+  g.lse_size = in.q.shape[0] * a.heads * in.q.shape[2];
 
   const int64_t blocks = total_blocks(call),
                 row_bytes = int64_t(rows.size()) * grad_rows_elements(q_pad, v_pad) * 4;
   const int64_t key_bytes = blocks * grad_keys_elements(q_pad, v_pad) * 4;
   const int64_t q_bytes = g.splits * g.total_row_blocks * kGradRows * q_pad * 4;
-  const int64_t slope_bytes = grads.grad_alibi ? g.splits * g.slots * 4 : 0;
+  const int64_t slope_bytes = grads.grad_alibi ? g.splits * g.lse_size * 4 : 0;
   Workspace memory(row_bytes + key_bytes + q_bytes + slope_bytes + blocks);
   g.rows = memory.floats();
   g.keys = g.rows + row_bytes / 4;
   g.partial_q = g.keys + key_bytes / 4;
   if (grads.grad_alibi) {
     g.slopes = g.partial_q + q_bytes / 4;
-    std::fill_n(g.slopes, g.splits * g.slots, 0.0f);
+    std::fill_n(g.slopes, g.splits * g.lse_size, 0.0f);
   }
   g.k_not_finite = reinterpret_cast<uint8_t*>(g.partial_q + (q_bytes + slope_bytes) / 4);
   std::fill_n(g.k_not_finite, blocks, uint8_t(0));
@@ -125,7 +125,7 @@ void attention_backward(const AttentionInputs& in, const AttentionOptions& optio
     g.a = a;
     return Units(g);
   }();
-  const bool serial = double(call.pairs) * double(a.head_dim + a.v_dim) < double(1 << 16);
+  const bool serial = call.is_small();
   g.a.tasks = rows.data();
   run_tasks(int64_t(rows.size()), serial, 64, [&](int64_t i, void* m) { t.attention_grad_rows.fn(g, i, m); });
   g.a.tasks = keys.data();
@@ -156,7 +156,7 @@ void attention_backward(const AttentionInputs& in, const AttentionOptions& optio
     std::vector<double> sums(size_t(a.batch * a.heads));
     each_row([&](int64_t b, int64_t head, int64_t at) {
       for (int64_t split = 0; split < g.splits; ++split)
-        sums[size_t((a.alibi_batch ? b * a.heads : 0) + head)] -= g.slopes[split * g.slots + at];
+        sums[size_t((a.alibi_batch ? b * a.heads : 0) + head)] -= g.slopes[split * g.lse_size + at];
     });
     for (int64_t i = 0; i < grads.grad_alibi.numel(); ++i) to[i] = float(sums[size_t(i)]);
   }

@@ -99,6 +99,7 @@ AttentionCall::AttentionCall(const AttentionInputs& in, const AttentionOptions& 
   a.window_right = options.window_right;
   TW_EXPECT(options.dropout_p >= 0 && options.dropout_p <= 1, kOp, "dropout_p must be in [0, 1]");
   a.keep = static_cast<float>(1.0 - options.dropout_p);
+  TW_EXPECT(in.seed || options.dropout_p == 0, kOp, "dropout needs a seed");
   if (in.seed) {
     TW_EXPECT(in.seed.dtype == DType::i64 && in.seed.numel() == 1 && in.seed.device_type == 1, kOp,
               "the dropout seed must be one int64");

@@ -27,6 +27,9 @@ struct AttentionCall {
 
   AttentionCall(const AttentionInputs& in, const AttentionOptions& options);
 
+  // Few enough multiply-adds that waking the team costs more than it saves.
+  bool is_small() const { return double(pairs) * double(a.head_dim + a.v_dim) < double(1 << 18); }
+
  private:
   void read_sequences(const AttentionInputs& in);
 };

@@ -1,8 +1,7 @@
 // Filling a quantised KV cache (cpu/quantised_kv.h). 8 bits: a token's codes come from the kernel that
 // quantises activations, one scale a row, and are put into place here. 4 bits, after KIVI
 // (https://arxiv.org/abs/2402.02750): tokens wait in bf16 until `residual` newer ones follow a whole group,
-// then keys are quantised per channel and values per token. Plain C++: a step appends one token, a prompt
-// costs little beside its linears.
+// then keys are quantised per channel and values per token. Plain C++.
 #include "ops/kv_quant.h"
 
 #include <algorithm>

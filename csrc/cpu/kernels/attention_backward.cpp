@@ -232,7 +232,7 @@ TW_INLINE void score_row(const Grad& g, const Sequence& s, int64_t b, int64_t kv
     store(grads + j, or_zero(w, mul(mul(ds, w.slant), scale)));
   }
   if constexpr (General) {
-    if (g.slopes) g.slopes[split * g.slots + place] += reduce_add(slope_sum);
+    if (g.slopes) g.slopes[split * g.lse_size + place] += reduce_add(slope_sum);
   }
 }
 

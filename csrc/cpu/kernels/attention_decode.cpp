@@ -208,10 +208,10 @@ void decode_task(const AttentionArgs& a, int64_t task, float* memory) {
   const DecodeTask t(a, task);
   const Sequence& q = t.q;
   const int64_t rows = t.rows, h = t.h, lo = t.lo, hi = t.hi;
-  const int64_t q_ld = (a.head_dim + 31) / 32 * 32;
+  const int64_t q_ld = padded32(a.head_dim);
   State s;
   s.ld = kDecodeChunk;
-  s.v_pad = (a.v_dim + 31) / 32 * 32;
+  s.v_pad = padded32(a.v_dim);
   Q* queries = reinterpret_cast<Q*>(memory);
   s.scores = memory + kDecodeRows * q_ld;
   s.probabilities = s.scores + kDecodeRows * kDecodeChunk;

@@ -5,7 +5,7 @@
 //   4 bits   per group of tokens, score = step * (digits of q * scale . codes) + q . minima; values likewise
 //   per
 //            group of channels. Tokens of the bf16 tail are widened to float.
-// A task reads its codes and scales once (about half, or a third, of bf16's bytes) and is bound by that.
+// A task reads its codes and scales once (about half, or a third, of bf16's bytes); the dot products bind it.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/attention_decode.h"

@@ -72,7 +72,7 @@ TW_INLINE F tanh(F x) {
   return select_less(abs(x), set1(0.625f), near_zero, far);
 }
 
-// Row state of one task, and where a row's extra score terms lie.
+// Row state of one task.
 struct State {
   float* scores;         // [rows][ld]
   float* probabilities;  // [rows][ld / depth] elements
@@ -102,20 +102,6 @@ TW_INLINE F apply_mask(const ScoreTensor& t, int64_t at, int count, F s) {
   uint8_t flags[W] = {};
   for (int i = 0; i < count; ++i) flags[i] = p[i * t.key];
   return select_nonzero(flags, count, s, set1(kMinusInf));
-}
-
-// 2^x with a relative error below 3e-7 for x <= 0; 0 for -inf, NaN stays NaN.
-TW_INLINE F exp2(F x) {
-  const F clamped = max_propagate(x, set1(-160.0f));
-  const F n = round_even(clamped), r = sub(clamped, n);
-  F p = set1(1.535336188319500e-4f);
-  p = fma(p, r, set1(1.339887440266574e-3f));
-  p = fma(p, r, set1(9.618437357674640e-3f));
-  p = fma(p, r, set1(5.550332471162809e-2f));
-  p = fma(p, r, set1(2.402264791363012e-1f));
-  p = fma(p, r, set1(6.931472028550421e-1f));
-  p = fma(p, r, set1(1.0f));
-  return scale2(p, n);
 }
 
 TW_INLINE bool is_general(const AttentionArgs& a) {

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from tilewright.ops.attention_reference import FLOATS
 from tilewright.ops.registry import direct
 
 DENSE = "(batch_size, seqlen, heads, headdim)"
 PACKED = "(total, heads, headdim)"
 PAGES = "(num_blocks, page_size, heads, headdim)"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def score_options(
@@ -50,7 +50,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_layout: str, k_layout:
             f"{op}: k and v must agree in all but headdim, q and k in headdim, and q's heads must be a multiple of "
             f"k's, got {_found(q, k, v)}"
         )
-    if q.dtype not in _FLOATS or k.dtype != v.dtype or q.dtype not in (k.dtype, torch.float32):
+    if q.dtype not in FLOATS or k.dtype != v.dtype or q.dtype not in (k.dtype, torch.float32):
         raise ValueError(
             f"{op}: q, k and v must be float32, bfloat16, float16 or float64, all the same (a float32 q may meet "
             f"16-bit k and v), got {_found(q, k, v)}"
@@ -127,7 +127,7 @@ def check_new_keys(op: str, k: Tensor | None, v: Tensor | None, q: Tensor, k_cac
         raise ValueError(f"{op}: k and v must come together, got {'v' if k is None else 'k'} alone")
     if k is not None:
         wanted = [(q.shape[0], k.shape[1] if k.dim() > 1 else "seqlen_new", *c.shape[2:]) for c in (k_cache, v_cache)]
-        if [tuple(k.shape), tuple(v.shape)] != wanted or k.dtype not in _FLOATS or v.dtype not in _FLOATS:
+        if [tuple(k.shape), tuple(v.shape)] != wanted or k.dtype not in FLOATS or v.dtype not in FLOATS:
             raise ValueError(
                 f"{op}: k and v must be floats of shape {wanted[0]} and {wanted[1]}, got {k.dtype} {tuple(k.shape)} "
                 f"and {v.dtype} {tuple(v.shape)}"

@@ -14,11 +14,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from tilewright.ops.attention import scaled_dot_product_attention
+from tilewright.ops.attention_reference import FLOATS
 
 _torch_sdpa = functional.scaled_dot_product_attention
 # The last two stand for plain tensors while torch.compile traces the nn modules.
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # One state for the process, because what is patched is one attribute of one module: how many times the patch is on,
 # and what to put back when it goes off.
@@ -118,7 +118,7 @@ def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
     for t in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
         if type(t) not in _PLAIN or t.device.type != "cpu" or t.layout != torch.strided or t.is_nested:
             return False
-    if query.dtype not in _FLOATS or key.dtype not in _FLOATS or value.dtype not in _FLOATS:
+    if query.dtype not in FLOATS or key.dtype not in FLOATS or value.dtype not in FLOATS:
         return False
     # None of these reaches the kernel through plain tensors, although the tensors look plain.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -98,8 +98,7 @@ def _parts(module: nn.Module, rows: dict[str, int]) -> Iterator[tuple[str, Tenso
         return
     if not isinstance(module, DenseLinear):
         raise NotImplementedError(
-            f"save_pretrained: {next(iter(rows))} is quantised; supported for now are models whose matrices "
-            "are all dense"
+            f"save_pretrained: {next(iter(rows))} is quantised; supported are models whose matrices are all dense"
         )
     for kind, tensor in (("weight", module.weight), ("bias", module.bias)):
         if tensor is not None:

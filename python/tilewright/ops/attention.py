@@ -15,6 +15,7 @@ from tilewright import _C
 from tilewright.ops.attention_quantized import attention_quantized
 from tilewright.ops.attention_reference import (
     CAUSAL,
+    FLOATS,
     Operands,
     Options,
     attention_reference,
@@ -27,7 +28,6 @@ from tilewright.ops.registry import check_backend, check_device, contiguous_last
 __all__ = ["attention", "attention_cached", "attention_packed", "attention_reference", "scaled_dot_product_attention"]
 
 _OP = "attention"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attention(
@@ -229,7 +229,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{_OP}: expected q (batch, heads, seq_q, d), k (batch, kv_heads, seq_k, d), v (batch, kv_heads, seq_k, "
             f"d_v) with heads a multiple of kv_heads, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.dtype not in _FLOATS or k.dtype != v.dtype or (q.dtype != k.dtype and q.dtype != torch.float32):
+    if q.dtype not in FLOATS or k.dtype != v.dtype or (q.dtype != k.dtype and q.dtype != torch.float32):
         raise ValueError(
             f"{_OP}: q, k and v must have one floating dtype (a float32 q may meet 16-bit k and v), got "
             f"{q.dtype}, {k.dtype}, {v.dtype}"

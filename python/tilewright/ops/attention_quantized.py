@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.attention_reference import Operands, Options, reference
+from tilewright.ops.attention_reference import FLOATS, Operands, Options, reference
 from tilewright.ops.quantized_kv import CACHE, QuantizedKV
 from tilewright.ops.registry import check_device, contiguous_last, direct, record_reference, register
 
 _OP = "attention"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attention_quantized(
@@ -47,7 +46,7 @@ def _check(q: Tensor, kv: QuantizedKV, out: Tensor | None) -> None:
             f"{_OP}: expected q (batch, heads, seq_q, head_dim) for a QuantizedKV of batch {batch}, {kv_heads} "
             f"kv_heads and head_dim {kv.head_dim}, with heads a multiple of kv_heads, got {tuple(q.shape)}"
         )
-    if q.dtype not in _FLOATS:
+    if q.dtype not in FLOATS:
         raise ValueError(f"{_OP}: q must have a floating dtype, got {q.dtype}")
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         raise ValueError(f"{_OP}: out must be {q.dtype} of shape {tuple(q.shape)}, got {out.dtype} {tuple(out.shape)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CAUSAL = (None, "top_left", "bottom_right")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of q, k and v
 
 
 class Operands(NamedTuple):
