@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 import torch
 from compare import assert_same_bits
+from smollm2 import shared_smollm2
 from torch import Tensor
 
 import tilewright
-from tilewright import _C
+from tilewright import _C, AutoModelForCausalLM
+from tilewright.io.tokenizer import Tokenizer
 
 THREADS = (1, 2, 3, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,3 +66,32 @@ def kernel_impl() -> str:
     order = ("scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
     level = order.index(tilewright.isa())
     return max((x for x in ("scalar", "avx2", "avx512") if order.index(x) <= level), key=order.index)
+
+
+@pytest.fixture
+def smollm2() -> Tokenizer:
+    """The default model's tokenizer."""
+    return shared_smollm2()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """(ours, transformers') of one tiny llama."""
+    folder = tmp_path_factory.mktemp("llama")
+    reference = tiny.save(folder, "llama")
+    return AutoModelForCausalLM.from_pretrained(folder), reference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny.save(path, "llama")
+    return path
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder for a test to break."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path

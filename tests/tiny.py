@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,12 @@ def prompts(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random ids, int64 (batch, length), without the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, SHAPE["vocab_size"], (batch, length), generator=generator)
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    for name, value in changes.items():
+        config.pop(name, None)
+        if value is not ...:
+            config[name] = value
+    (path / "config.json").write_text(json.dumps(config))
