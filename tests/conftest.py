@@ -1,4 +1,4 @@
-"""Fixtures that the tests of every op share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
