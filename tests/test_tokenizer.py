@@ -162,7 +162,6 @@ APPROXIMATED |= dict.fromkeys(("deepseek-llm", "deepseek-coder"), lambda text: "
 RULES = list({rule: pre for pre, rule in reversed(PRE_TOKENIZERS.items())}.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pre", RULES)
 def test_every_pre_tokenizer_against_llama_cpp(tmp_path: Path, pre: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, the second opinion, is not installed")
