@@ -77,11 +77,11 @@ struct Digits {
   }
 };
 
-// out[i][h] = digits of rows [r, r + N) . rows pair_row(pair, h) of a block of codes. The same place `ahead`
-// bytes further on is fetched meanwhile.
+// out[i][h] = digits of rows [r, r + N) . rows pair_row(pair, h) of a block of codes. With 4 bits the same
+// place `ahead` bytes further on is fetched meanwhile (bench/NOTES.md: with 8 that costs more than it saves).
 template <int bits, int P, int N>
 TW_INLINE void dot_block(const Digits<bits, P>& x, int64_t r, const uint8_t* codes, int64_t steps, int pair,
-                         int64_t ahead, F out[N][2]) {
+                         [[maybe_unused]] int64_t ahead, F out[N][2]) {
   using D = Dot<8>;
   constexpr int64_t kStep = bits * 16;
   typename D::Acc acc[N][P][2];
@@ -93,12 +93,11 @@ TW_INLINE void dot_block(const Digits<bits, P>& x, int64_t r, const uint8_t* cod
   codes += pair * W * 4;
   for (int64_t s = 0; s < steps; ++s, codes += kStep, rows += 4) {
     I low, high;
-    __builtin_prefetch(codes + ahead);
     if constexpr (bits == 8) {
-      __builtin_prefetch(codes + ahead + 64);
       low = iload(codes);
       high = iload(codes + 64);
     } else {
+      __builtin_prefetch(codes + ahead);
       const I both = iload(codes);
       low = low_nibbles(both);
       high = high_nibbles(both);
