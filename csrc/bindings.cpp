@@ -166,22 +166,32 @@ PYBIND11_MODULE(_C, m) {
           launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
         });
 
-  m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits,
-                     int64_t group_size, int offset, int scale_bits, const TensorView& bias,
-                     const std::string& activation, const TensorView& out) {
-    launch([&] { linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out); });
+  m.def("linear",
+        [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes, int64_t group_size,
+           int offset, int scale, const TensorView& bias, const TensorView& columns,
+           const std::string& activation, double outlier_threshold, const TensorView& out) {
+          launch([&] {
+            linear(x, packed, {n, k, codes, group_size, offset, scale},
+                   {bias, columns, activation, outlier_threshold}, out);
+          });
+        });
+  m.def("packed_block_bytes", [](int64_t n, int64_t k, int codes, int64_t group_size, int offset, int scale) {
+    return packed_block_bytes({n, k, codes, group_size, offset, scale});
   });
-  m.def("packed_block_bytes", &packed_block_bytes);
-  m.def("pack_codes", [](const TensorView& codes, const TensorView& scales, const TensorView& offsets,
-                         const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size,
-                         int offset, int scale_bits) {
-    launch([&] { pack_codes(codes, scales, offsets, out, n, k, bits, group_size, offset, scale_bits); });
+  m.def("pack_codes",
+        [](const TensorView& codes, const TensorView& scales, const TensorView& offsets,
+           const TensorView& out, int64_t n, int64_t k, int kind, int64_t group_size, int offset, int scale) {
+          launch([&] { pack_codes(codes, scales, offsets, out, {n, k, kind, group_size, offset, scale}); });
+        });
+  m.def("pack_bf16", [](const TensorView& w, const TensorView& out, int64_t n, int64_t k, int codes,
+                        int64_t group_size, int offset, int scale) {
+    launch([&] { pack_bf16(w, out, {n, k, codes, group_size, offset, scale}); });
   });
   m.def("pack_gguf", [](const TensorView& raw, const std::string& type, const TensorView& out, int64_t n,
                         int64_t k) { launch([&] { pack_gguf(raw, type, out, n, k); }); });
-  m.def("weight_rows", [](const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
-                          int64_t group_size, int offset, int scale_bits, const TensorView& out) {
-    launch([&] { weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out); });
+  m.def("weight_rows", [](const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int codes,
+                          int64_t group_size, int offset, int scale, const TensorView& out) {
+    launch([&] { weight_rows(index, packed, {n, k, codes, group_size, offset, scale}, out); });
   });
 
   m.def("ceiling", [](const std::string& kind, const TensorView& data, int64_t iterations) {

@@ -15,20 +15,35 @@ struct QuantisedKv;  // cpu/quantised_kv.h
 void norm(const char* op, const TensorView& x, const TensorView& residual, const TensorView& weight,
           const TensorView& bias, const TensorView& out, const TensorView& sum, float eps, bool centred);
 
-// out = x @ w.T + bias with a packed weight (cpu/kernels.h: PackedWeight). bias is float32.
-void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits, int64_t group_size,
-            int offset, int scale_bits, const TensorView& bias, const std::string& activation,
-            const TensorView& out);
+// How a packed weight (cpu/kernels.h: PackedWeight) is to be read; group_size -1: one group a row. codes,
+// offset and scale are the numbers of Codes, Offset and Scale.
+struct WeightFormat {
+  int64_t n = 0, k = 0;
+  int codes = 0;
+  int64_t group_size = 32;
+  int offset = 0, scale = 0;
+};
+// Rows of x beside the activation mode: columns, int64 (k), says which column of x each packed column
+// multiplies; |x| >= outlier_threshold > 0 is multiplied in fp32 where the others are integers.
+struct LinearOptions {
+  const TensorView &bias, &columns;
+  const std::string& activation;
+  double outlier_threshold = 0;
+};
+// out = x @ w.T + bias. bias is float32.
+void linear(const TensorView& x, const TensorView& packed, const WeightFormat& format,
+            const LinearOptions& options, const TensorView& out);
 
-// Packing. offset: 0 none, 1 zero points, 2 minima; scale_bits: 16 or 32; group_size -1: one group a row.
-int64_t packed_block_bytes(int64_t k, int bits, int64_t group_size, int offset, int scale_bits);
+int64_t packed_block_bytes(const WeightFormat& format);
+// codes uint8 (n, k), scales float32 (n, groups), offsets absent, uint8 or float32 (n, groups).
 void pack_codes(const TensorView& codes, const TensorView& scales, const TensorView& offsets,
-                const TensorView& out, int64_t n, int64_t k, int bits, int64_t group_size, int offset,
-                int scale_bits);
+                const TensorView& out, const WeightFormat& format);
+// w bfloat16 (n, k), as it is.
+void pack_bf16(const TensorView& w, const TensorView& out, const WeightFormat& format);
 void pack_gguf(const TensorView& raw, const std::string& type, const TensorView& out, int64_t n, int64_t k);
 // Dequantised rows: out[i] = w[index[i]], float32.
-void weight_rows(const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int bits,
-                 int64_t group_size, int offset, int scale_bits, const TensorView& out);
+void weight_rows(const TensorView& index, const TensorView& packed, const WeightFormat& format,
+                 const TensorView& out);
 
 // Attention; see cpu/kernels/attention_rows.h. Absent tensors are default TensorViews.
 //   q (batch, heads, seq_q, head_dim), k and v (batch, kv_heads, seq_k, head_dim), mask and bias broadcast to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 import tilewright
 from tilewright.ops.attention_reference import Operands, dropout_keep
 from tilewright.quant import QuantizedWeight, from_gguf, quantize_weight
+from tilewright.quant.weight import CODES, pack, pack_bf16
 
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 NAN, INF = math.nan, math.inf
@@ -202,7 +203,7 @@ class LinearCase:
     k: int
     bits: int = 4
     group_size: int = 32
-    kind: str = "symmetric"  # or "zero", or a GGUF type
+    kind: str = "symmetric"  # or "zero", a GGUF type, or a kind of codes ("int5", "nf4"; "int6_min" has minima)
     bias: torch.dtype | None = None
 
     def __str__(self) -> str:
@@ -220,6 +221,13 @@ LINEAR = [
     *(LinearCase(f"{bits}_{g}_{kind}", m, 70, 300, bits, g, kind, torch.float32) for bits in (4, 8)
       for g in (32, 64, 128, -1) for kind in ("symmetric", "zero") for m in (3, 14)),
     *(LinearCase(f"{kind}_m{m}", m, 65, 160, kind=kind) for kind in ("Q4_0", "Q4_1", "Q8_0") for m in (1, 7, 25)),
+    *(LinearCase(f"{kind}_g{g}_m{m}", m, 65, 304, group_size=g, kind=kind) for m in (1, 4, 14)
+      for kind, g in (("int4", 16), ("int4_zero", 16), ("int4_min", 16), ("int5", 32), ("int5_min", 64),
+                      ("int5_zero", 16), ("int6", 16), ("int6_min", 32), ("int6_zero", -1), ("int8", 16), ("int8_min", 96), ("nf4", 64),
+                      ("fp4", 16), ("iq4_nl", 32), ("iq4_nl", 16), ("mxfp4", 32), ("e4m3", 128), ("e4m3", -1),
+                      ("bf16", -1))),
+    *(LinearCase(f"columns_{g}_m{m}", m, 40, 160, group_size=g, kind="columns") for g in (32, -1) for m in (1, 9)),
+    *(LinearCase(f"outliers_m{m}", m, 70, 300, 8, -1, "outliers", torch.float32) for m in (1, 3, 14)),
     *(LinearCase(f"row_chunks_{bits}", 200, 40, 4128, bits, 128) for bits in (4, 8)),  # 96 rows a pass over K
     *(LinearCase(f"bias_{d}", 5, 33, 64, bias=d)
       for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
@@ -244,8 +252,38 @@ def linear_inputs(case: LinearCase, dtype: torch.dtype) -> tuple[Tensor, Quantiz
     x = torch.randn(c.m, c.k, generator=g).to(dtype)
     if c.kind.startswith("Q"):
         weight = from_gguf(gguf_rows(c.kind, c.n, c.k, g), c.kind, (c.n, c.k))
+    elif c.kind.split("_")[0] in CODES or c.kind in CODES:
+        weight = weight_of_codes(c, g)
     else:
         w = torch.randn(c.n, c.k, generator=g) * 0.1 + (0.1 if c.kind == "zero" else 0)
-        weight = quantize_weight(w, c.bits, c.group_size, c.kind == "symmetric")
+        weight = quantize_weight(w, c.bits, c.group_size, c.kind != "zero")
+        if c.kind == "columns":
+            weight = replace(weight, columns=torch.randperm(c.k, generator=g))
+        if c.kind == "outliers":
+            weight = replace(weight, outlier_threshold=2.0)
     bias = None if c.bias is None else torch.randn(c.n, generator=g).to(c.bias)
     return x, weight, bias
+
+
+def weight_of_codes(c: LinearCase, g: torch.Generator) -> QuantizedWeight:
+    """Random codes of the case's kind with scales about 0.1 (powers of two for mxfp4) and, where asked, offsets."""
+    codes, offset = c.kind, "none"
+    for suffix in ("min", "zero"):
+        if codes.endswith(suffix):
+            codes, offset = codes.removesuffix(f"_{suffix}"), suffix
+    if codes == "bf16":
+        return pack_bf16(torch.randn(c.n, c.k, generator=g) * 0.1)
+    top = {"int5": 32, "int6": 64, "int8": 256}.get(codes, 16)
+    groups = 1 if c.group_size == -1 else -(-c.k // c.group_size)
+    scales = torch.rand(c.n, groups, generator=g) * 0.1 + 0.01
+    if codes == "mxfp4":
+        scales = scales.log2().round().exp2()
+    raw = torch.randint(0, top, (c.n, c.k), generator=g).to(torch.uint8)
+    if codes == "e4m3":
+        raw = torch.randn(c.n, c.k, generator=g).to(torch.float8_e4m3fn).view(torch.uint8)
+    offsets = None
+    if offset == "zero":
+        offsets = torch.randint(0, top, (c.n, groups), generator=g).to(torch.uint8)
+    if offset == "min":
+        offsets = -scales * top / 2
+    return pack(raw, scales, offsets, codes, c.group_size, offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
 from buffers import assert_padding_intact, poisoned
@@ -14,7 +15,12 @@ from torch import Tensor
 
 import tilewright
 from tilewright import QuantizedWeight, quantize_weight, quantized_linear
-from tilewright.ops.linear import ACTIVATIONS, quantise_activations, quantized_linear_reference
+from tilewright.ops.linear import (
+    ACTIVATIONS,
+    quantise_activations,
+    quantized_linear_reference,
+    rounded_activations,
+)
 from tilewright.quant import from_gguf
 from tilewright.quant.weight import pack
 
@@ -25,12 +31,11 @@ pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
 
 def naive_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    """The reference's maths in float32."""
-    if activation in INTEGER:
-        x = quantise_activations(x, activation)
-    elif activation == "bf16":
-        x = x.bfloat16()
-    out = x.float() @ weight.dequantize().t()
+    """The reference's maths in float32; what does not fit bf16 is rounded where the arithmetic is bf16's."""
+    w = weight.dequantize()
+    if activation == "bf16" and weight.codes in ("nf4", "fp4"):
+        w = w.bfloat16().float()
+    out = rounded_activations(x, weight, activation).float() @ w.t()
     return out if bias is None else out + bias.float()
 
 
@@ -58,63 +63,90 @@ def codes_of(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return codes.long(), scale
 
 
-def weight_parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes minus zero point (n, blocks, 32) int64, scales and minima (n, blocks) float32, read from the packed bytes
-    by the layout in csrc/cpu/kernels.h."""
-    n, k, bits, group, _, scale_bits = weight.spec()
-    blocks, size = -(-k // 32), scale_bits // 8
-    per_group = max(1, -(-(k if group == -1 else group) // 32))
-    groups = -(-blocks // per_group)
-    raw = weight.packed
-    code_bytes, scale_bytes = blocks * 128 * bits, groups * 32 * size
-    codes = raw[:, :code_bytes].long()
+def stored_codes(weight: QuantizedWeight) -> Tensor:
+    """Codes (n, blocks * 32) int64, read from the packed bytes by the layout in csrc/cpu/kernels.h."""
+    (n, k), bits = weight.shape, weight.bits
+    blocks = -(-k // 32)
+    raw = weight.packed[:, : blocks * 128 * bits].long().view(-1, blocks, 128 * bits)
     if bits == 8:  # [block][step of 4 k][32 rows][4 k]
-        codes = codes.view(-1, blocks, 8, 32, 4)
+        codes = raw.view(-1, blocks, 8, 32, 4)
     else:  # [16 rows][4 k], rows 16 and up in the high nibbles
-        codes = codes.view(-1, blocks, 8, 16, 4)
-        codes = torch.cat([codes & 15, codes >> 4], 3)
-    codes = codes.permute(0, 3, 1, 2, 4).reshape(-1, blocks, 32)[:n]
+        low = raw[..., :512].view(-1, blocks, 8, 16, 4)
+        codes = torch.cat([low & 15, low >> 4], 3)
+        if bits > 4:  # planes of the upper bits: [plane][half][16 rows][4 k]
+            steps = 8 // (bits - 4)
+            planes = raw[..., 512:].view(-1, blocks, 8 // steps, 32, 4)
+            upper = torch.stack([planes >> (s * (bits - 4)) & (2 ** (bits - 4) - 1) for s in range(steps)], 3)
+            codes = codes | upper.flatten(2, 3) << 4
+    return codes.permute(0, 3, 1, 2, 4).reshape(-1, blocks * 32)[:n]
 
-    def spread(first: int, count: int, dtype: torch.dtype) -> Tensor:
-        values = raw[:, first : first + count].contiguous().view(dtype).view(-1, groups, 32)
-        return values.transpose(1, 2).reshape(-1, groups)[:n].repeat_interleave(per_group, 1)[:, :blocks]
 
-    number = torch.float16 if scale_bits == 16 else torch.float32
-    scales, minima = spread(code_bytes, scale_bytes, number).float(), torch.zeros(n, blocks)
-    first = code_bytes + scale_bytes
+def weight_parts(weight: QuantizedWeight, run: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes less their zero point (n, runs, run) int64, scales and minima (n, runs) float32."""
+    n, k = weight.shape
+    columns = -(-k // 32) * 32
+    group = columns if weight.group_size == -1 else weight.group_size
+    groups, size = -(-columns // group), {"f32": 4}.get(weight.scale, 2)
+    first = columns * 4 * weight.bits
+    starts = torch.arange(0, columns, run) // group
+
+    def spread(first: int, count: int, dtype: torch.dtype) -> Tensor:  # one value a column
+        values = weight.packed[:, first : first + count].contiguous().view(dtype).view(-1, groups, 32)
+        return values.transpose(1, 2).reshape(-1, groups)[:n]
+
+    number = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[weight.scale]
+    scales, minima = spread(first, groups * 32 * size, number).float()[:, starts], torch.zeros(n, len(starts))
+    codes = stored_codes(weight)
+    if weight.codes in ("iq4_nl", "mxfp4"):
+        kind = {"iq4_nl": gguf.quants.IQ4_NL, "mxfp4": gguf.quants.MXFP4}[weight.codes]
+        codes = torch.tensor(kind.kvalues).long()[codes]
+    elif weight.offset == "none":
+        codes = codes - 2 ** (weight.bits - 1)
+    first += groups * 32 * size
     if weight.offset == "zero":
-        codes = codes - spread(first, groups * 32, torch.uint8).long()[..., None]
+        zeros = spread(first, groups * 32, torch.uint8).long()
+        codes = codes - zeros.repeat_interleave(group, 1)[:, :columns]
     elif weight.offset == "min":
-        minima = spread(first, scale_bytes, number).float()
-    else:
-        codes = codes - 2 ** (bits - 1)
-    position = torch.arange(blocks * 32).view(blocks, 32)
-    return codes.masked_fill(position >= k, 0), scales, minima
+        minima = spread(first, groups * 32 * size, number).float()[:, starts]
+    codes = codes.masked_fill(torch.arange(columns) >= k, 0)
+    return torch.nn.functional.pad(codes, (0, -columns % run)).view(n, -1, run), scales, minima
 
 
 def emulated(x: Tensor, weight: QuantizedWeight, activation: str) -> Tensor:
     """float32 (m, n): one accumulator per output, k ascending. float64 holds every product of a fma exactly and its
     sum to 29 bits more than float32 keeps; at scalar level multiply and add round one after the other."""
-    codes, sx = codes_of(x, activation)
-    w, sw, minima = weight_parts(weight)
+    if weight.columns is not None:
+        x = x[:, weight.columns]
+    cx, sx = codes_of(x, activation)
+    # As long as both scales last, and with one scale a row at most 256 columns.
+    group = cx.shape[1] * 32 if weight.group_size == -1 else weight.group_size
+    run = min(group, 32 if activation == "int8" else 256)
+    cw, sw, minima = weight_parts(weight, run)
+    cx = torch.nn.functional.pad(cx.flatten(1), (0, cw.shape[1] * run - cx.shape[1] * 32)).view(x.shape[0], -1, run)
+    sx = sx[:, torch.arange(0, cw.shape[1] * run, run) // 32]
     fused = tilewright.isa() != "scalar"
 
     def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         product = a.double() * b.double()
         return ((product if fused else product.float().double()) + c.double()).float()
 
-    acc = torch.zeros(x.shape[0], w.shape[0])
-    for block in range(w.shape[1]):
-        dot = (codes[:, block].double() @ w[:, block].double().t()).float()  # exact integers
-        acc = fma(dot, sw[:, block] * sx[:, block, None], acc)
+    acc = torch.zeros(x.shape[0], cw.shape[0])
+    for i in range(cw.shape[1]):
+        dot = (cx[:, i].double() @ cw[:, i].double().t()).float()  # exact integers
+        acc = fma(dot, sw[:, i] * sx[:, i, None], acc)
         if weight.offset == "min":
-            sums = codes[:, block].sum(-1).float() * sx[:, block]
-            acc = fma(minima[:, block].expand_as(acc), sums[:, None].expand_as(acc), acc)
+            sums = cx[:, i].sum(-1).float() * sx[:, i]
+            acc = fma(minima[:, i].expand_as(acc), sums[:, None].expand_as(acc), acc)
     return acc
 
 
 # A single output has no distribution of errors, so it stands here only.
-EXACT = [*(c for c in LINEAR if c.bias is None), LinearCase("single", 1, 1, 96), LinearCase("two", 1, 2, 33, 8)]
+FLOATS = ("nf4", "fp4", "e4m3", "bf16")  # no integer product
+EXACT = [
+    *(c for c in LINEAR if c.bias is None and c.kind not in FLOATS),
+    LinearCase("single", 1, 1, 96),
+    LinearCase("two", 1, 2, 33, 8),
+]
 
 
 @pytest.mark.parametrize("activation", INTEGER)
@@ -152,7 +184,7 @@ def test_int8_rows_of_every_magnitude(activation: str) -> None:
 
 
 @pytest.mark.parametrize("offset", ["none", "zero", "min"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("m", [1, 6, 14])
 def test_extreme_codes_do_not_saturate(bits: int, m: int, offset: str) -> None:
     """All products at their limits, where a 16-bit sum of u8 x s8 pairs would saturate."""
@@ -163,7 +195,7 @@ def test_extreme_codes_do_not_saturate(bits: int, m: int, offset: str) -> None:
     codes[3::4] = torch.tensor([top, 0, 0, top]).to(torch.uint8).repeat(k // 4)
     offsets = {"none": None, "zero": torch.tensor([[0], [top]]).to(torch.uint8), "min": torch.tensor([[-1.0], [2.0]])}
     offsets = offsets[offset] if offset == "none" else offsets[offset].repeat(n // 2, k // 32)
-    weight = pack(codes, torch.ones(n, k // 32), offsets, bits, 32, offset)
+    weight = pack(codes, torch.ones(n, k // 32), offsets, f"int{bits}", 32, offset)
     signs = torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]]).repeat(4, k // 2)[:m]
     for x in (signs, signs * torch.linspace(1, 2, k)):
         for activation in INTEGER:
@@ -212,7 +244,8 @@ def test_each_activation_is_found(m: int, activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kind", ["symmetric", "zero", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["symmetric", "zero", "Q4_1", "Q8_0", "int5_min", "nf4", "mxfp4", "e4m3", "bf16",
+                                  "columns", "outliers"])  # fmt: skip
 def test_row_bits_do_not_depend_on_the_batch(kind: str, activation: str) -> None:
     x, weight, _ = linear_inputs(LinearCase("batch", 200, 70, 288, kind=kind), torch.float32)
     whole = quantized_linear(x, weight, activation=activation)
@@ -370,7 +403,15 @@ REJECTED = {
     "out_grad": (call(torch.ones(3, 96, requires_grad=True), out=torch.zeros(3, 40)), ValueError, "gradient"),
     "out_bias_grad": (call(bias=torch.ones(40, requires_grad=True), out=torch.zeros(3, 40)), ValueError, "gradient"),
     "lying_shape": (call(weight=replace(WEIGHT, shape=(72, 96))), ValueError, "packed weight must be contiguous uint8"),
-    "lying_bits": (call(weight=replace(WEIGHT, bits=8)), ValueError, "packed weight must be"),
+    "lying_codes": (call(weight=replace(WEIGHT, codes="int8")), ValueError, "packed weight must be"),
+    "unknown_codes": (call(weight=replace(WEIGHT, codes="int3")), ValueError, "codes must be one of.*int3"),
+    "unknown_scale": (call(weight=replace(WEIGHT, scale="f64")), ValueError, "scale must be one of.*f64"),
+    "table_offset": (call(weight=replace(WEIGHT, codes="nf4", offset="zero")), ValueError, "no offsets"),
+    "iq_scale": (call(weight=replace(WEIGHT, codes="iq2")), ValueError, "two-level"),
+    "dense_scale": (call(weight=replace(WEIGHT, codes="bf16")), ValueError, "bf16 codes"),
+    "columns_shape": (call(weight=replace(WEIGHT, columns=torch.arange(95))), ValueError, r"columns must be .*\(96,\)"),
+    "columns_range": (call(weight=replace(WEIGHT, columns=torch.arange(1, 97))), ValueError, r"columns must lie in"),
+    "columns_dtype": (call(weight=replace(WEIGHT, columns=torch.arange(96.0))), ValueError, "columns must be .*int64"),
     "lying_group": (call(weight=replace(WEIGHT, group_size=17)), ValueError, "group_size must be"),
     "packed_dtype": (call(weight=replace(WEIGHT, packed=WEIGHT.packed.to(torch.int8))), ValueError, "uint8"),
     "packed_strided": (

@@ -50,7 +50,7 @@ def grouped(w: Tensor, group_size: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits, group_size", [(4, 32), (8, 64), (4, 128), (8, -1)])
+@pytest.mark.parametrize("bits, group_size", [(4, 16), (4, 32), (8, 64), (4, 128), (8, -1)])
 def test_rounding_to_nearest(bits: int, group_size: int, symmetric: bool, kind: str) -> None:
     """No element is farther than half a step from its value (plus the step's own rounding to fp16 or fp32)."""
     w = WEIGHTS[kind](torch.randn(34, 200, generator=seeded(kind)))
@@ -62,7 +62,7 @@ def test_rounding_to_nearest(bits: int, group_size: int, symmetric: bool, kind: 
         step = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
     else:
         step = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / top
-    slack = 2.0**-10 * top * step if weight.scale_bits == 16 else 1e-6 * top * step
+    slack = 2.0**-10 * top * step if weight.scale == "f16" else 1e-6 * top * step
     # A zero point is a whole number: the ends of an asymmetric range may lie half a step outside.
     limit = (0.5 if symmetric else 1.0) * step + slack + (2**-149) * top
     error = (grouped(back, group_size) - groups).abs().amax(-1)
@@ -77,16 +77,17 @@ def test_values_on_the_grid_survive(bits: int, symmetric: bool) -> None:
     codes = torch.randint(-half, half + 1, (33, 168), generator=seeded("grid")).float()
     codes[:, ::8] = half  # every group reaches both ends
     codes[:, 1::8] = -half if symmetric else -half - 1
-    for group_size in (32, 64, 128, -1):
+    for group_size in (16, 32, 64, 128, -1):
         weight = quantize_weight(codes * 0.125, bits, group_size, symmetric)
         assert_same_bits(weight.dequantize() + 0.0, codes * 0.125)
-        assert weight.scale_bits == 16
+        assert weight.scale == "f16"
 
 
 def test_formats_and_sizes() -> None:
     w = torch.randn(64, 256)
     for bits, group_size, symmetric, name, bytes_a_weight in (
         (4, 32, True, "int4_g32", 0.5 + 2 / 32), (8, 128, True, "int8_g128", 1 + 2 / 128),
+        (4, 16, True, "int4_g16", 0.5 + 2 / 16),
         (4, 64, False, "int4_g64_zero", 0.5 + 3 / 64), (8, -1, False, "int8_row_zero", 1 + 3 / 256),
     ):  # fmt: skip
         weight = quantize_weight(w, bits, group_size, symmetric)
@@ -285,7 +286,7 @@ def test_module_copies(activation: str) -> None:
     for other in (*copies, empty):
         assert_same_bits(other(x), module(x))
         assert other.activation == activation
-    with pytest.raises(ValueError, match=r"format \(4, 64, 'none', 16\).*this module has \(8, 64"):
+    with pytest.raises(ValueError, match=r"format \('int4', 64, 'none', 'f16'\).*this module has \('int8', 64"):
         QuantizedLinear(100, 70, bits=8, group_size=64).set_extra_state(module.get_extra_state())
     with pytest.raises((ValueError, RuntimeError), match=r"format|size mismatch"):
         QuantizedLinear(100, 70, bits=8, group_size=64).load_state_dict(state)

@@ -33,48 +33,91 @@ struct NormArgs {
 using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end);
 
 // A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
-//   codes    k_blocks() x 32 k x 32 rows; 32 k are 8 steps of 4: 8 bits: [32 rows][4 k] bytes a step;
-//            4 bits: [16][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
-//   scales   [groups()][32 rows], fp16 or fp32
+//   codes    for each 32 k, in 8 steps of 4 k:
+//            4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
+//            5 bits: the low 4 like that, then the fifth: bit s of byte [half][16 rows][4 k] is that of step
+//            s 6 bits: the low 4 like that, then the others: bits 2s and 2s + 1 of byte [step / 4][half][16
+//            rows][4 k] are those of step s of 4 8 bits: [32 rows][4 k] bytes a step 16 bits: [half][2][16
+//            rows][2] bf16 a step, columns (0, 2) and then (1, 3) of the 4
+//   scales   [groups()][32 rows] fp16, bf16 or fp32; two levels: int8, factors of the supers
 //   offsets  [groups()][32 rows]: nothing, zero points (uint8), or minima (as the scales)
+//   supers   two levels: fp16 [k_supers()][32 rows], one for each 256 k, and the same again with minima
 //   padding to 64 bytes
-// and w = scale * (code - 2^(bits-1)), scale * (code - zero), or scale * code + min.
+// and w = scale * (code - 2^(bits-1)), scale * (code - zero), or scale * code + min. Codes of a table stand
+// for its values (cpu/code_tables.h), those of e4m3 and bf16 for themselves.
+enum class Codes : uint8_t {
+  int4,
+  int5,
+  int6,
+  int8,
+  nf4,
+  fp4,
+  iq4_nl,
+  mxfp4,
+  iq1,
+  iq2,
+  iq3_xxs,
+  iq3_s,
+  e4m3,
+  bf16
+};
 enum class Offset : uint8_t { none, zero, min };
+enum class Scale : uint8_t { f16, bf16, f32, two_level, none };
 struct PackedWeight {
   const uint8_t* data = nullptr;
   int64_t n = 0, k = 0;
-  int64_t group = 0;  // columns that share a scale: a multiple of 32, or k for one group a row
-  int bits = 0;
+  int64_t group = 0;  // columns that share a scale: 16, or a multiple of 32
+  Codes codes = Codes::int4;
   Offset offset = Offset::none;
-  bool half_scales = true;
+  Scale scale = Scale::f16;
 
+  bool is_table() const { return codes >= Codes::nf4 && codes <= Codes::iq3_s; }
+  // Codes without integer values: products with them are floats.
+  bool is_float() const { return codes == Codes::nf4 || codes == Codes::fp4 || codes >= Codes::e4m3; }
+  int bits() const {
+    return codes == Codes::bf16                           ? 16
+           : codes == Codes::int8 || codes == Codes::e4m3 ? 8
+           : codes == Codes::int6                         ? 6
+           : codes == Codes::int5                         ? 5
+                                                          : 4;
+  }
   int64_t n_blocks() const { return (n + 31) / 32; }
   int64_t k_blocks() const { return (k + 31) / 32; }
-  int64_t blocks_per_group() const { return (group + 31) / 32; }
-  int64_t groups() const { return (k_blocks() + blocks_per_group() - 1) / blocks_per_group(); }
-  int64_t scale_bytes() const { return half_scales ? 2 : 4; }
+  int64_t k_supers() const { return scale == Scale::two_level ? (k + 255) / 256 : 0; }
+  int64_t parts() const { return group == 16 ? 2 : 1; }  // scales within 32 k
+  int64_t blocks_per_group() const { return group == 16 ? 1 : group / 32; }
+  int64_t groups() const {
+    return scale == Scale::none ? 0 : (k_blocks() + blocks_per_group() - 1) / blocks_per_group() * parts();
+  }
+  int64_t scale_bytes() const {
+    return scale == Scale::two_level ? 1 : scale == Scale::f32 ? 4 : scale == Scale::none ? 0 : 2;
+  }
   int64_t offset_bytes() const {
     return offset == Offset::none ? 0 : offset == Offset::zero ? 1 : scale_bytes();
   }
-  int64_t code_bytes() const { return k_blocks() * 128 * bits; }
+  int64_t code_bytes() const { return k_blocks() * 128 * bits(); }
+  int64_t super_bytes() const { return k_supers() * (offset == Offset::min ? 128 : 64); }
   int64_t block_bytes() const {
-    return (code_bytes() + groups() * 32 * (scale_bytes() + offset_bytes()) + 63) / 64 * 64;
+    return (code_bytes() + groups() * 32 * (scale_bytes() + offset_bytes()) + super_bytes() + 63) / 64 * 64;
   }
 };
 
 // Activations for the integer kernels: per row and 32 k, codes = round_half_even(x / scale), scale =
 // max|x| / 127 (one scale a row with per_token). A block with a NaN or inf gets codes 0 and scale NaN.
+// Corrections are for runs of `run` columns, 16 or a multiple of 32: over how many k one integer product
+// goes.
 struct QuantiseArgs {
   Rows x;
   Storage dtype = Storage::f32;
-  int64_t k = 0, k_blocks = 0;
+  int64_t k = 0, k_blocks = 0, run = 32, runs = 0;
   bool per_token = false;
   Offset offset = Offset::none;
   int zero = 0;                    // implicit zero point of the weight, for Offset::none
   int8_t* codes = nullptr;         // [m][k_blocks * 32]
   float* scales = nullptr;         // [m][k_blocks]
-  int32_t* corrections = nullptr;  // [m][k_blocks]: -zero * sum, -sum, or the bits of float(sum) * scale
+  int32_t* corrections = nullptr;  // [m][runs]: -zero * sum, -sum, or the bits of float(sum) * scale
 };
+constexpr int64_t kLongRun = 256;  // 256 * 127 * 255 < 2^24: such an integer is exact as a float
 using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t row_end);
 
 // out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
@@ -84,24 +127,27 @@ struct LinearArgs {
   const int8_t* codes = nullptr;
   const float* scales = nullptr;
   const int32_t* corrections = nullptr;
+  int64_t run = 32, runs = 0;
   const void* x = nullptr;
   const float* sums = nullptr;
   const float* bias = nullptr;
   Rows out;
   Storage out_dtype = Storage::f32;
 };
-// One block of 32 outputs for rows [m_begin, m_end). panel: linear_panel_bytes() of memory of this thread.
+constexpr int64_t kPanelBytes = 16 << 10;  // decoded weights, in L1 beside what passes over them
+// One block of 32 outputs for rows [m_begin, m_end). panel: memory of this thread, kPanelBytes and 128 bytes
+// a row.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
 // x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
-// asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each 32.
+// asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each `run` = 16 or 32.
 struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
-  int64_t k = 0, k_blocks = 0;
+  int64_t k = 0, k_blocks = 0, run = 32;
   bool round_bf16 = false;
   void* out = nullptr;
-  float* sums = nullptr;  // [m][k_blocks]
+  float* sums = nullptr;  // [m][k_blocks * 32 / run]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 

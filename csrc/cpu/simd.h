@@ -154,5 +154,14 @@ TW_INLINE F exp2(F x) {
   return scale2(p, n);
 }
 
+// fp8 e4m3 ("fn": no infinities, NaN is 0x7f and 0xff), a byte a lane.
+TW_INLINE F e4m3_to_float(I a) {
+  const F normal = as_float(iadd(ishl<20>(iand(a, iset1(0x7f))), iset1(120 << 23)));
+  const F small = sub(add(normal, normal), set1(0x1p-6f));  // exponent 0 means m 2^-9, not 2^-7 (1 + m / 8)
+  const F magnitude = select_less(normal, set1(0x1p-6f), small, normal);
+  const F sign = as_float(ior(ishl<24>(iand(a, iset1(0x80))), iset1(0x3f800000)));  // 1 or -1
+  return mul(sign, select_less(magnitude, set1(464.0f), magnitude, set1(bits_to_float(0x7fc00000u))));
+}
+
 }  // namespace
 }  // namespace tilewright

@@ -158,12 +158,35 @@ template <int n>
 TW_INLINE I ishr(I a) {  // zeros shifted in
   return _mm256_srli_epi32(a, n);
 }
+template <int n>
+TW_INLINE I ishl(I a) {
+  return _mm256_slli_epi32(a, n);
+}
+TW_INLINE I iand(I a, I b) { return _mm256_and_si256(a, b); }
+TW_INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
+TW_INLINE F as_float(I a) { return _mm256_castsi256_ps(a); }
 TW_INLINE I lane_number() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 TW_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 TW_INLINE I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 TW_INLINE void istore(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 TW_INLINE I load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+TW_INLINE I load_s8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+using Bytes16 = I;
+TW_INLINE Bytes16 load_bytes16(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+TW_INLINE I lookup_bytes(Bytes16 table, I a) { return _mm256_shuffle_epi8(table, a); }
+struct Floats16 {
+  __m256 low, high;
+};
+TW_INLINE Floats16 load_floats16(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+TW_INLINE F lookup(Floats16 table, I a) {  // bit 3 as the sign that blendv looks at
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, a), _mm256_permutevar8x32_ps(table.high, a),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(a, 28)));
 }
 TW_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 TW_INLINE I high_nibbles(I a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }

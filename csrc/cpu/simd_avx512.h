@@ -158,6 +158,13 @@ template <int n>
 TW_INLINE I ishr(I a) {  // zeros shifted in
   return _mm512_srli_epi32(a, n);
 }
+template <int n>
+TW_INLINE I ishl(I a) {
+  return _mm512_slli_epi32(a, n);
+}
+TW_INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
+TW_INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
+TW_INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }
 TW_INLINE I lane_number() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 TW_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 TW_INLINE I iload(const void* p) { return _mm512_loadu_si512(p); }
@@ -165,6 +172,19 @@ TW_INLINE void istore(void* p, I a) { _mm512_storeu_si512(p, a); }
 TW_INLINE I load_u8(const uint8_t* p) {  // W bytes, zero-extended
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+TW_INLINE I load_s8(const int8_t* p) {  // W bytes, sign-extended
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// 16 bytes in every 128 bits, and for each byte of a, 0 to 15, the byte of that number.
+using Bytes16 = I;
+TW_INLINE Bytes16 load_bytes16(const uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+TW_INLINE I lookup_bytes(Bytes16 table, I a) { return _mm512_shuffle_epi8(table, a); }
+// 16 floats, and for each lane of a, 0 to 15, the float of that number.
+using Floats16 = __m512;
+TW_INLINE Floats16 load_floats16(const float* p) { return _mm512_loadu_ps(p); }
+TW_INLINE F lookup(Floats16 table, I a) { return _mm512_permutexvar_ps(a, table); }
 TW_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 TW_INLINE I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 template <int k>

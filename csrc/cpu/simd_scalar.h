@@ -182,6 +182,24 @@ TW_INLINE I ishr(I a) {
   TW_LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> n);
   return a;
 }
+template <int n>
+TW_INLINE I ishl(I a) {
+  TW_LANES a.v[i] = int32_t(uint32_t(a.v[i]) << n);
+  return a;
+}
+TW_INLINE I iand(I a, I b) {
+  TW_LANES a.v[i] &= b.v[i];
+  return a;
+}
+TW_INLINE I ior(I a, I b) {
+  TW_LANES a.v[i] |= b.v[i];
+  return a;
+}
+TW_INLINE F as_float(I a) {
+  F r;
+  TW_LANES r.v[i] = bits_to_float(uint32_t(a.v[i]));
+  return r;
+}
 TW_INLINE I lane_number() {
   I r;
   TW_LANES r.v[i] = i;
@@ -201,6 +219,28 @@ TW_INLINE void istore(void* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
 TW_INLINE I load_u8(const uint8_t* p) {
   I r;
   TW_LANES r.v[i] = p[i];
+  return r;
+}
+TW_INLINE I load_s8(const int8_t* p) {
+  I r;
+  TW_LANES r.v[i] = p[i];
+  return r;
+}
+using Bytes16 = const uint8_t*;
+TW_INLINE Bytes16 load_bytes16(const uint8_t* p) { return p; }
+TW_INLINE I lookup_bytes(Bytes16 table, I a) {
+  TW_LANES {
+    const uint32_t u = uint32_t(a.v[i]);
+    a.v[i] = int32_t(table[u & 15] | uint32_t(table[(u >> 8) & 15]) << 8 |
+                     uint32_t(table[(u >> 16) & 15]) << 16 | uint32_t(table[(u >> 24) & 15]) << 24);
+  }
+  return a;
+}
+using Floats16 = const float*;
+TW_INLINE Floats16 load_floats16(const float* p) { return p; }
+TW_INLINE F lookup(Floats16 table, I a) {
+  F r;
+  TW_LANES r.v[i] = table[a.v[i] & 15];
   return r;
 }
 TW_INLINE I low_nibbles(I a) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "cpu/simd.h"
 #include "cpu/table.h"
@@ -23,9 +24,9 @@ constexpr int64_t kSerial = 1 << 16;
 int64_t row_chunk(int64_t row_bytes) { return std::max<int64_t>(96, kRowsBytes / row_bytes / 24 * 24); }
 
 // Runs kernel over blocks x row chunks; chunks are the outer loop, so that threads share the rows in cache.
-template <class Kernel>
-void run(const LinearArgs& a, int64_t m, int64_t chunk, int64_t panel_bytes, const Kernel& kernel) {
+void run(const LinearArgs& a, int64_t m, int64_t chunk, LinearKernel kernel) {
   const int64_t blocks = a.w.n_blocks(), chunks = (m + chunk - 1) / chunk;
+  const int64_t panel_bytes = kPanelBytes + std::min(m, chunk) * 128;
   const auto one = [&](int64_t block, int64_t c) {
     void* panel = scratch(Scratch::panel, panel_bytes);
     kernel(a, block, c * chunk, std::min(m, (c + 1) * chunk), panel);
@@ -44,10 +45,10 @@ void run(const LinearArgs& a, int64_t m, int64_t chunk, int64_t panel_bytes, con
 // would become NaN. Rows of x with a value that is not finite are computed here once more, from the
 // dequantised weight; they are rare, so plainly.
 void redo_rows_not_finite(const LinearArgs& a, int64_t m, bool pairs) {
-  const int64_t k_blocks = a.w.k_blocks(), k = a.w.k;
+  const int64_t k_blocks = a.w.k_blocks(), k = a.w.k, sums = k_blocks * a.w.parts();
   for (int64_t r = 0; r < m; ++r) {
     bool finite = true;
-    for (int64_t kb = 0; kb < k_blocks; ++kb) finite &= std::isfinite(a.sums[r * k_blocks + kb]);
+    for (int64_t i = 0; i < sums; ++i) finite &= std::isfinite(a.sums[r * sums + i]);
     if (finite) continue;
     const auto x = [&](int64_t i) {
       if (!pairs) return static_cast<const float*>(a.x)[r * k_blocks * 32 + i];
@@ -74,12 +75,101 @@ void redo_rows_not_finite(const LinearArgs& a, int64_t m, bool pairs) {
   }
 }
 
+// x as the kernels are to see it, where that is not x itself: columns in the packed order, and what the
+// integer product leaves out.
+struct Outlier {
+  int64_t row, k;
+  float x;
+};
+struct Arranged {
+  std::vector<float> values;      // [m][k]
+  std::vector<Outlier> outliers;  // by row, k ascending
+};
+Arranged arrange(const TensorView& x, const int64_t* columns, double threshold, int64_t m, int64_t k) {
+  Arranged result;
+  result.values.resize(static_cast<size_t>(m * k));
+  const Rows rows = rows_of(x);
+  const auto copy = [&](auto type) {
+    using T = decltype(type);
+    parallel_ranges(m, std::max<int64_t>(1, kSerial / k), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        int64_t offset = 0, index = r;
+        for (int d = rows.dims - 1; d >= 0; --d) {
+          offset += index % rows.shape[d] * rows.strides[d];
+          index /= rows.shape[d];
+        }
+        const T* from = static_cast<const T*>(rows.base) + offset;
+        float* to = result.values.data() + r * k;
+        for (int64_t i = 0; i < k; ++i) to[i] = to_float(from[columns ? columns[i] : i]);
+      }
+    });
+  };
+  if (x.dtype == DType::f32) copy(float{});
+  if (x.dtype == DType::bf16) copy(bf16{});
+  if (x.dtype == DType::f16) copy(f16{});
+  if (threshold > 0)
+    for (int64_t i = 0; i < m * k; ++i)
+      if (float& v = result.values[static_cast<size_t>(i)]; std::isfinite(v) && std::fabs(v) >= threshold) {
+        result.outliers.push_back({i / k, i % k, v});
+        v = 0.0f;
+      }
+  return result;
+}
+
+// out = y + the outliers' share + bias, y (m, n) being the integer product alone. k ascending, fp32.
+void add_outliers(const LinearArgs& a, const std::vector<Outlier>& outliers, const float* y, int64_t m) {
+  std::vector<int64_t> columns;
+  for (const Outlier& o : outliers) columns.push_back(o.k);
+  std::sort(columns.begin(), columns.end());
+  columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
+  const int64_t n = a.w.n;
+  parallel_ranges(a.w.n_blocks(), 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> w(columns.size() * 32);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * 32, count = std::min<int64_t>(32, n - first);
+      for (size_t c = 0; c < columns.size(); ++c)
+        dequantise_column(a.w, block, columns[c], w.data() + c * 32);
+      size_t next = 0;
+      for (int64_t r = 0; r < m; ++r) {
+        float sum[32];
+        std::copy_n(y + r * n + first, count, sum);
+        for (; next < outliers.size() && outliers[next].row == r; ++next) {
+          const auto c = std::lower_bound(columns.begin(), columns.end(), outliers[next].k) - columns.begin();
+          for (int64_t i = 0; i < count; ++i) sum[i] += outliers[next].x * w[static_cast<size_t>(c) * 32 + i];
+        }
+        int64_t offset = first, index = r;
+        for (int d = a.out.dims - 1; d >= 0; --d) {
+          offset += index % a.out.shape[d] * a.out.strides[d];
+          index /= a.out.shape[d];
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          const float v = a.bias ? sum[i] + a.bias[first + i] : sum[i];
+          if (a.out_dtype == Storage::f32) static_cast<float*>(a.out.base)[offset + i] = v;
+          if (a.out_dtype == Storage::bf16) static_cast<bf16*>(a.out.base)[offset + i] = to_bf16(v);
+          if (a.out_dtype == Storage::f16) static_cast<f16*>(a.out.base)[offset + i] = to_f16(v);
+        }
+      }
+    }
+  });
+}
+
+// Over how many columns one integer product goes: as far as its scales last.
+int64_t run_length(const PackedWeight& w, bool per_token) {
+  if (w.group == 16 || !per_token) return std::min<int64_t>(w.group, 32);
+  const int64_t blocks = w.blocks_per_group();
+  int64_t run = std::min(blocks, kLongRun / 32);
+  while (blocks != w.k_blocks() && blocks % run != 0) --run;  // groups end where runs do
+  return run * 32;
+}
+
 }  // namespace
 
-void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int bits, int64_t group_size,
-            int offset, int scale_bits, const TensorView& bias, const std::string& activation,
-            const TensorView& out) {
-  const PackedWeight w = packed_weight(kOp, packed, n, k, bits, group_size, offset, scale_bits);
+void linear(const TensorView& x, const TensorView& packed, const WeightFormat& format,
+            const LinearOptions& options, const TensorView& out) {
+  const PackedWeight w = packed_weight(kOp, packed, format);
+  const int64_t n = w.n, k = w.k;
+  const TensorView &bias = options.bias, &columns = options.columns;
+  const std::string& activation = options.activation;
   expect_storage(kOp, "x", x);
   expect_cpu(kOp, "x", x);
   expect_cpu(kOp, "out", out);
@@ -96,6 +186,16 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   TW_EXPECT(!bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
                       bias.dtype == DType::f32 && bias.device_type == 1),
             kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
+  TW_EXPECT(!columns || (columns.dtype == DType::i64 && columns.ndim == 1 && columns.dim(0) == k &&
+                         (k <= 1 || columns.stride(0) == 1) && columns.device_type == 1),
+            kOp, "columns must be a contiguous int64 CPU tensor of shape (" + std::to_string(k) + ",)");
+  if (columns)
+    for (int64_t i = 0; i < k; ++i)
+      TW_EXPECT(columns.as<const int64_t>()[i] >= 0 && columns.as<const int64_t>()[i] < k, kOp,
+                "columns must lie in [0, " + std::to_string(k) + ")");
+  const bool integer = activation == "int8" || activation == "int8_token";
+  TW_EXPECT(integer || activation == "bf16" || activation == "fp32", kOp,
+            "activation must be int8, int8_token, bf16 or fp32, got " + activation);
   const int64_t m = n == 0 || k == 0 ? 0 : x.numel() / k;
 
   LinearArgs a;
@@ -103,24 +203,47 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
   a.bias = bias.as<const float>();
   a.out = rows_of(out);
   a.out_dtype = storage_of(out.dtype);
-  const int64_t k_blocks = w.k_blocks(), kp = k_blocks * 32;
+  const int64_t k_blocks = w.k_blocks(), kp = k_blocks * 32, sums = k_blocks * w.parts();
   const int64_t grain = std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, k));
-  const bool integer = activation == "int8" || activation == "int8_token";
-  TW_EXPECT(integer || activation == "bf16" || activation == "fp32", kOp,
-            "activation must be int8, int8_token, bf16 or fp32, got " + activation);
+  const bool integer_codes = integer && !w.is_float();
+  const bool pairs = activation == "bf16" && table().linear_bf16.fn;
+  record(kOp, integer_codes ? table().linear_int8.isa
+              : pairs       ? table().linear_bf16.isa
+                            : table().linear_f32.isa);
+  if (m == 0) return;
+
+  Rows rows = rows_of(x);
+  Storage dtype = storage_of(x.dtype);
+  Arranged arranged;
+  if (columns || (options.outlier_threshold > 0 && integer)) {
+    arranged = arrange(x, columns.as<const int64_t>(), integer ? options.outlier_threshold : 0.0, m, k);
+    rows = Rows{arranged.values.data(), 1, {m}, {k}};
+    dtype = Storage::f32;
+  }
+  std::vector<float> inliers;
+  LinearArgs whole = a;  // with outliers, `a` computes the rest into `inliers`
+  if (!arranged.outliers.empty()) {
+    inliers.resize(static_cast<size_t>(m * n));
+    a.out = Rows{inliers.data(), 1, {m}, {n}};
+    a.out_dtype = Storage::f32;
+    a.bias = nullptr;
+  }
 
   if (integer) {
-    record(kOp, table().linear_int8.isa);
-    if (m == 0) return;
-    auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp + 8 * k_blocks)));
     QuantiseArgs q;
-    q.x = rows_of(x);
-    q.dtype = storage_of(x.dtype);
+    q.x = rows;
+    q.dtype = dtype;
     q.k = k;
     q.k_blocks = k_blocks;
+    q.run = a.run = integer_codes ? run_length(w, activation == "int8_token") : 32;
+    q.runs = a.runs = (kp + q.run - 1) / q.run;
     q.per_token = activation == "int8_token";
     q.offset = w.offset;
-    q.zero = 1 << (bits - 1);
+    q.zero = w.is_table() ? 128 : 1 << (w.bits() - 1);
+    const int64_t floats = integer_codes ? 0 : m * (kp + sums) * 4;
+    auto* memory =
+        static_cast<char*>(scratch(Scratch::operands, floats + m * (kp + 4 * k_blocks + 4 * q.runs))) +
+        floats;
     q.codes = reinterpret_cast<int8_t*>(memory);
     q.scales = reinterpret_cast<float*>(memory + m * kp);
     q.corrections = reinterpret_cast<int32_t*>(q.scales + m * k_blocks);
@@ -128,38 +251,43 @@ void linear(const TensorView& x, const TensorView& packed, int64_t n, int64_t k,
     a.codes = q.codes;
     a.scales = q.scales;
     a.corrections = q.corrections;
-    run(a, m, row_chunk(kp), kp * 32, table().linear_int8.fn);
-    return;
-  }
-  const bool pairs = activation == "bf16" && table().linear_bf16.fn;
-  PrepareArgs p;
-  p.x = rows_of(x);
-  p.dtype = storage_of(x.dtype);
-  p.k = k;
-  p.k_blocks = k_blocks;
-  p.round_bf16 = activation == "bf16";
-  if (pairs) {
-    record(kOp, table().linear_bf16.isa);
-    if (m == 0) return;
-    auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp * 2 + k_blocks * 4)));
+    if (integer_codes) {
+      run(a, m, row_chunk(kp), table().linear_int8.fn);
+    } else {
+      // Codes that are no integers: the same rounded x, in fp32. No correction, so no sums are read.
+      auto* values = reinterpret_cast<float*>(memory - floats);
+      parallel_ranges(m, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * k_blocks; i < end * k_blocks; ++i)
+          for (int64_t j = i * 32; j < (i + 1) * 32; ++j)
+            values[j] = static_cast<float>(q.codes[j]) * q.scales[i];
+      });
+      std::fill_n(values + m * kp, m * sums, 0.0f);
+      a.x = values;
+      a.sums = values + m * kp;
+      run(a, m, row_chunk(512 * 4), table().linear_f32.fn);
+    }
+  } else {
+    PrepareArgs p;
+    p.x = rows;
+    p.dtype = dtype;
+    p.k = k;
+    p.k_blocks = k_blocks;
+    p.run = 32 / w.parts();
+    p.round_bf16 = activation == "bf16";
+    const int64_t size = pairs ? 2 : 4;
+    auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp * size + sums * 4)));
     p.out = memory;
-    a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * 2);
-    parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().prepare_bf16.fn(p, begin, end); });
+    a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * size);
+    const auto& prepare = pairs ? table().prepare_bf16 : table().prepare_f32;
+    parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { prepare.fn(p, begin, end); });
     a.x = p.out;
-    run(a, m, row_chunk(kp * 2), kp * 64, table().linear_bf16.fn);
-    redo_rows_not_finite(a, m, true);
-    return;
+    if (pairs)
+      run(a, m, row_chunk(kp * 2), table().linear_bf16.fn);
+    else
+      run(a, m, row_chunk(512 * 4), table().linear_f32.fn);
+    redo_rows_not_finite(a, m, pairs);
   }
-  record(kOp, table().linear_f32.isa);
-  if (m == 0) return;
-  auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp + k_blocks) * 4));
-  p.out = memory;
-  a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * 4);
-  parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().prepare_f32.fn(p, begin, end); });
-  a.x = p.out;
-  const int64_t chunk = row_chunk(512 * 4);
-  run(a, m, chunk, (128 + std::min(m, chunk)) * 32 * 4, table().linear_f32.fn);
-  redo_rows_not_finite(a, m, false);
+  if (!arranged.outliers.empty()) add_outliers(whole, arranged.outliers, inliers.data(), m);
 }
 
 }  // namespace tilewright

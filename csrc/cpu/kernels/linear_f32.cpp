@@ -1,6 +1,8 @@
 // Quantised linear with fp32 arithmetic: activations fp32, or rounded to bf16 beforehand.
-//   dot[m][n] = sum over 32 k of code * x          codes as floats; 8-bit ones with the zero point subtracted
-//   dot       = dot - zero * sum(x)                4-bit codes; at most 15, so little is lost to cancellation
+//   dot[m][n] = sum over 32 k, or 16 with groups of 16, of value * x
+//               values: of tables, e4m3 and bf16; codes less their zero point; 4-bit codes as they are, and
+//               then
+//   dot       = dot - zero * sum(x)                at most 15, so little is lost to cancellation
 //   acc[m][n] = fma(dot, s_w, acc), with minima then fma(min, sum(x), acc); k ascending
 // The order is the same for every M. Few rows decode codes in registers, 4 instructions for W weights; from
 // kPanelFrom rows on, kPanelBlocks * 32 columns are decoded once into a panel (16 KiB, in L1) that all row
@@ -12,7 +14,7 @@
 namespace tilewright {
 namespace {
 
-constexpr int kPanelBlocks = 4;  // of 32 columns
+constexpr int kPanelBlocks = kPanelBytes / 4096;  // of 32 columns
 #if defined(__AVX512F__)
 constexpr int kRows = 6;  // 12 dot and 12 total accumulators of 32 registers
 #elif defined(__AVX2__)
@@ -22,37 +24,69 @@ constexpr int kRows = 1;
 #endif
 constexpr int64_t kPanelFrom = kRows + 1;
 
-enum class Codes { nibbles, bytes, panel };
+// The values of 4 columns of a pair of vectors.
+template <Read r>
+struct Decoder {
+  ValueTable values;
+  Floats16 table;
 
-// Column k of 4 for the pair's low and high rows.
-template <Codes kind, int k>
-TW_INLINE void column(I low, I high, const F zeros[2], F out[2]) {
-  if constexpr (kind == Codes::nibbles) {
-    out[0] = to_float(byte_of<k>(low));
-    out[1] = to_float(byte_of<k>(high));
-  } else {
-    out[0] = sub(to_float(byte_of<k>(low)), zeros[0]);
-    out[1] = sub(to_float(byte_of<k>(high)), zeros[1]);
-  }
-}
+  explicit Decoder(const PackedWeight& w) : values(w), table(load_floats16(values.values)) {}
+  Decoder(const Decoder&) = delete;  // table may point to values
 
-// The 4 columns of a step: codes -> out[k][half].
-template <Codes kind>
-TW_INLINE void decode_step(const uint8_t* codes, int64_t step, int pair, const F zeros[2], F out[4][2]) {
-  I low, high;
-  if constexpr (kind == Codes::nibbles) {
-    const I raw = iload(codes + step * 64 + pair * W * 4);
-    low = low_nibbles(raw);
-    high = high_nibbles(raw);
-  } else {
-    low = iload(codes + step * 128 + pair * W * 4);
-    high = iload(codes + step * 128 + 64 + pair * W * 4);
+  template <int k>
+  TW_INLINE F value(I codes, F zero) const {
+    const I code = byte_of<k>(codes);
+    if constexpr (r == Read::nibbles) return to_float(code);
+    if constexpr (r == Read::table) return lookup(table, code);
+    if constexpr (r == Read::e4m3) return e4m3_to_float(code);
+    return sub(to_float(code), zero);
   }
-  column<kind, 0>(low, high, zeros, out[0]);
-  column<kind, 1>(low, high, zeros, out[1]);
-  column<kind, 2>(low, high, zeros, out[2]);
-  column<kind, 3>(low, high, zeros, out[3]);
-}
+  TW_INLINE void operator()(I low, I high, const F zeros[2], F out[4][2]) const {
+    out[0][0] = value<0>(low, zeros[0]);
+    out[1][0] = value<1>(low, zeros[0]);
+    out[2][0] = value<2>(low, zeros[0]);
+    out[3][0] = value<3>(low, zeros[0]);
+    out[0][1] = value<0>(high, zeros[1]);
+    out[1][1] = value<1>(high, zeros[1]);
+    out[2][1] = value<2>(high, zeros[1]);
+    out[3][1] = value<3>(high, zeros[1]);
+  }
+};
+
+// Where the weights of block kb come from, step after step.
+template <Read r>
+struct DecodedSteps {
+  StepReader<r> reader;
+  const Decoder<r>& decode;
+  TW_INLINE void step(int step, const F zeros[2], F out[4][2]) {
+    I low, high;
+    reader.step(step, low, high);
+    decode(low, high, zeros, out);
+  }
+};
+struct DenseSteps {
+  const uint8_t* at;
+  TW_INLINE void step(int step, const F*, F out[4][2]) {
+    TW_UNROLL for (int half = 0; half < 2; ++half) {
+      const I even = iload(at + step * 256 + half * 128), odd = iload(at + step * 256 + half * 128 + 64);
+      const I upper = iset1(int32_t(0xffff0000u));
+      out[0][half] = as_float(ishl<16>(even));
+      out[1][half] = as_float(ishl<16>(odd));
+      out[2][half] = as_float(iand(even, upper));
+      out[3][half] = as_float(iand(odd, upper));
+    }
+  }
+};
+struct PanelSteps {
+  const float* at;
+  int pair;
+  TW_INLINE void step(int step, const F*, F out[4][2]) {
+    TW_UNROLL for (int k = 0; k < 4; ++k) {
+      out[k][0] = load(at + step * 128 + k * 32 + pair_row(pair, 0));
+      out[k][1] = load(at + step * 128 + k * 32 + pair_row(pair, 1));
+    }
+  }
+};
 
 // The zero points of a pair of vectors, as floats: implicit, or per row; 0 with minima.
 TW_INLINE void zero_points(const Block& b, const PackedWeight& w, int64_t group, int pair, F out[2]) {
@@ -60,18 +94,19 @@ TW_INLINE void zero_points(const Block& b, const PackedWeight& w, int64_t group,
     if (w.offset == Offset::zero)
       out[half] = to_float(b.zero_point(group, pair_row(pair, half)));
     else
-      out[half] = set1(w.offset == Offset::none ? float(1 << (w.bits - 1)) : 0.0f);
+      out[half] = set1(w.offset == Offset::none ? float(1 << (w.bits() - 1)) : 0.0f);
   }
 }
 
 // Adds columns [first * 32, last * 32) of x times the block to totals, [MR][32].
-template <Codes kind, int MR>
-void tile(const LinearArgs& a, const Block& b, const float* panel, int64_t m, int64_t first, int64_t last,
-          float* totals) {
+template <int MR, class StepsOf>
+void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t m, int64_t first,
+          int64_t last, float* totals) {
   const int64_t k_blocks = a.w.k_blocks();
   const float* x = static_cast<const float*>(a.x) + m * k_blocks * 32;
-  const float* sums = a.sums + m * k_blocks;
-  const bool correct = a.w.bits == 4 && a.w.offset != Offset::min;
+  const int parts = b.parts;
+  const float* sums = a.sums + m * k_blocks * parts;
+  const bool correct = a.w.codes == Codes::int4 && a.w.offset != Offset::min;
   for (int pair = 0; pair < kPairs; ++pair) {
     const int r0 = pair_row(pair, 0), r1 = pair_row(pair, 1);
     F total[MR][2];
@@ -80,46 +115,42 @@ void tile(const LinearArgs& a, const Block& b, const float* panel, int64_t m, in
       total[i][1] = load(totals + i * 32 + r1);
     }
     for (int64_t kb = first; kb < last; ++kb) {
-      const int64_t group = kb / b.blocks_per_group;
-      F zeros[2];
-      zero_points(b, a.w, group, pair, zeros);
-      F dot[MR][2];
-      TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = zero();
-      for (int64_t step = 0; step < 8; ++step) {
-        F w[4][2];
-        if constexpr (kind == Codes::panel) {
-          const float* p = panel + ((kb - first) * 8 + step) * 128;
+      auto steps = steps_of(kb, pair);
+      for (int part = 0; part < parts; ++part) {
+        const int64_t group = b.group(kb, part);
+        F zeros[2];
+        zero_points(b, a.w, group, pair, zeros);
+        F dot[MR][2];
+        TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = zero();
+        for (int step = part * 8 / parts; step < (part + 1) * 8 / parts; ++step) {
+          F w[4][2];
+          steps.step(step, zeros, w);
           TW_UNROLL for (int k = 0; k < 4; ++k) {
-            w[k][0] = load(p + k * 32 + r0);
-            w[k][1] = load(p + k * 32 + r1);
-          }
-        } else {
-          decode_step<kind>(b.codes, kb * 8 + step, pair, zeros, w);
-        }
-        TW_UNROLL for (int k = 0; k < 4; ++k) {
-          TW_UNROLL for (int i = 0; i < MR; ++i) {
-            const F v = set1(x[(i * k_blocks + kb) * 32 + step * 4 + k]);
-            dot[i][0] = fma(v, w[k][0], dot[i][0]);
-            dot[i][1] = fma(v, w[k][1], dot[i][1]);
+            TW_UNROLL for (int i = 0; i < MR; ++i) {
+              const F v = set1(x[(i * k_blocks + kb) * 32 + step * 4 + k]);
+              dot[i][0] = fma(v, w[k][0], dot[i][0]);
+              dot[i][1] = fma(v, w[k][1], dot[i][1]);
+            }
           }
         }
-      }
-      const F s0 = b.scale(group, r0), s1 = b.scale(group, r1);
-      TW_UNROLL for (int i = 0; i < MR; ++i) {
-        if (correct) {
-          const F minus_sum = set1(-sums[i * k_blocks + kb]);
-          dot[i][0] = fma(zeros[0], minus_sum, dot[i][0]);
-          dot[i][1] = fma(zeros[1], minus_sum, dot[i][1]);
-        }
-        total[i][0] = fma(dot[i][0], s0, total[i][0]);
-        total[i][1] = fma(dot[i][1], s1, total[i][1]);
-      }
-      if (a.w.offset == Offset::min) {
-        const F m0 = b.minimum(group, r0), m1 = b.minimum(group, r1);
+        const F s0 = b.scale(group, kb, r0), s1 = b.scale(group, kb, r1);
+        const auto sum_of = [&](int i) { return sums[(i * k_blocks + kb) * parts + part]; };
         TW_UNROLL for (int i = 0; i < MR; ++i) {
-          const F s = set1(sums[i * k_blocks + kb]);
-          total[i][0] = fma(m0, s, total[i][0]);
-          total[i][1] = fma(m1, s, total[i][1]);
+          if (correct) {
+            const F minus_sum = set1(-sum_of(i));
+            dot[i][0] = fma(zeros[0], minus_sum, dot[i][0]);
+            dot[i][1] = fma(zeros[1], minus_sum, dot[i][1]);
+          }
+          total[i][0] = fma(dot[i][0], s0, total[i][0]);
+          total[i][1] = fma(dot[i][1], s1, total[i][1]);
+        }
+        if (a.w.offset == Offset::min) {
+          const F m0 = b.minimum(group, kb, r0), m1 = b.minimum(group, kb, r1);
+          TW_UNROLL for (int i = 0; i < MR; ++i) {
+            const F s = set1(sum_of(i));
+            total[i][0] = fma(m0, s, total[i][0]);
+            total[i][1] = fma(m1, s, total[i][1]);
+          }
         }
       }
     }
@@ -130,15 +161,32 @@ void tile(const LinearArgs& a, const Block& b, const float* panel, int64_t m, in
   }
 }
 
-template <Codes kind>
-void fill_panel(const LinearArgs& a, const Block& b, int64_t first, int64_t last, float* panel) {
+// Calls f with a function (kb, pair) -> steps for the weight's codes.
+template <class Fn>
+void with_steps(const LinearArgs& a, const Block& b, Fn&& f) {
+  with_read<true>(a.w, [&](auto as) {
+    if constexpr (as.read == Read::bf16) {
+      f([&](int64_t kb, int pair) { return DenseSteps{b.codes + kb * 2048 + pair * W * 4}; }, as);
+    } else {
+      const Decoder<as.read> decode(a.w);
+      f([&](int64_t kb,
+            int pair) { return DecodedSteps<as.read>{StepReader<as.read>(b.codes, kb, pair), decode}; },
+        as);
+    }
+  });
+}
+
+template <class StepsOf>
+void fill_panel(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t first, int64_t last,
+                float* panel) {
   for (int64_t kb = first; kb < last; ++kb)
     for (int pair = 0; pair < kPairs; ++pair) {
-      F zeros[2];
-      zero_points(b, a.w, kb / b.blocks_per_group, pair, zeros);
-      for (int64_t step = 0; step < 8; ++step) {
+      auto steps = steps_of(kb, pair);
+      F zeros[2] = {zero(), zero()};
+      for (int step = 0; step < 8; ++step) {
+        if (step % (8 / b.parts) == 0) zero_points(b, a.w, b.group(kb, step * b.parts / 8), pair, zeros);
         F w[4][2];
-        decode_step<kind>(b.codes, kb * 8 + step, pair, zeros, w);
+        steps.step(step, zeros, w);
         float* p = panel + ((kb - first) * 8 + step) * 128;
         TW_UNROLL for (int k = 0; k < 4; ++k) {
           store(p + k * 32 + pair_row(pair, 0), w[k][0]);
@@ -159,6 +207,10 @@ void TW_KERNEL(prepare_f32)(const PrepareArgs& a, int64_t begin, int64_t end) {
       for (int64_t kb = 0; kb < a.k_blocks; ++kb, out += 32) {
         F sum = zero();
         for (int i = 0; i < 32; i += W) {
+          if (i == a.run) {
+            a.sums[(r * a.k_blocks + kb) * 2] = reduce_add(sum);
+            sum = zero();
+          }
           const int64_t left = a.k - kb * 32 - i;
           const T* from = x + kb * 32 + i;
           F v = left >= W ? load(from) : load(from, left > 0 ? int(left) : 0);
@@ -170,7 +222,7 @@ void TW_KERNEL(prepare_f32)(const PrepareArgs& a, int64_t begin, int64_t end) {
           store(out + i, v);
           sum = add(sum, v);
         }
-        a.sums[r * a.k_blocks + kb] = reduce_add(sum);
+        a.sums[((r * a.k_blocks + kb) * 32 + 31) / a.run] = reduce_add(sum);
       }
     }
   });
@@ -180,27 +232,25 @@ void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t block, int64_t m_begin, 
   const Block b(a.w, block);
   const int64_t k_blocks = a.w.k_blocks(), m_count = m_end - m_begin;
   float* weights = static_cast<float*>(panel);
-  float* totals = weights + kPanelBlocks * 1024;
-  std::memset(totals, 0, size_t(m_count) * 32 * sizeof(float));
-  if (m_count < kPanelFrom) {
-    in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
-      if (a.w.bits == 4)
-        tile<Codes::nibbles, rows.n>(a, b, nullptr, m_begin + m, 0, k_blocks, totals + m * 32);
-      else
-        tile<Codes::bytes, rows.n>(a, b, nullptr, m_begin + m, 0, k_blocks, totals + m * 32);
-    });
-  } else {
+  float* totals = weights + kPanelBytes / 4;
+  for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
+  with_steps(a, b, [&](const auto& steps_of, auto as) {
+    constexpr bool kPlain = as.read == Read::nibbles || as.read == Read::bytes;  // worth a tile of their own
+    if (m_count == 1) return tile<1>(a, b, steps_of, m_begin, 0, k_blocks, totals);
+    if constexpr (kPlain)
+      if (m_count < kPanelFrom)
+        return in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
+          tile<rows.n>(a, b, steps_of, m_begin + m, 0, k_blocks, totals + m * 32);
+        });
     for (int64_t kb = 0; kb < k_blocks; kb += kPanelBlocks) {
-      const int64_t last = k_blocks - kb < kPanelBlocks ? k_blocks : kb + kPanelBlocks;
-      if (a.w.bits == 4)
-        fill_panel<Codes::nibbles>(a, b, kb, last, weights);
-      else
-        fill_panel<Codes::bytes>(a, b, kb, last, weights);
+      const int64_t last = kb + kPanelBlocks < k_blocks ? kb + kPanelBlocks : k_blocks;
+      fill_panel(a, b, steps_of, kb, last, weights);
+      const auto panel_of = [&](int64_t i, int pair) { return PanelSteps{weights + (i - kb) * 1024, pair}; };
       in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
-        tile<Codes::panel, rows.n>(a, b, weights, m_begin + m, kb, last, totals + m * 32);
+        tile<rows.n>(a, b, panel_of, m_begin + m, kb, last, totals + m * 32);
       });
     }
-  }
+  });
   for (int64_t m = 0; m < m_count; ++m)
     for (int r = 0; r < 32; r += W) store_outputs(a, block, r, m_begin + m, load(totals + m * 32 + r));
 }

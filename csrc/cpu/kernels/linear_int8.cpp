@@ -1,13 +1,15 @@
-// Quantised linear with int8 activations.
-//   dot[m][n]  = sum over 32 k of code_w[n][k] * code_x[m][k]            exact, int32
+// Quantised linear with int8 activations, for codes that are integers or stand for integers.
+//   dot[m][n]  = sum over a run of k of code_w[n][k] * code_x[m][k]      exact, int32
 //   acc[m][n]  = fma(float(dot - zero * sum_x), s_w * s_x, acc)          k ascending, one accumulator
 //   (minima)     acc = fma(float(dot), s_w * s_x, acc), then fma(min, float(sum_x) * s_x, acc)
-// That formula and order hold for every M and every thread count, so an output's bits depend on its row of x
-// and its row of w alone.
+// A run is as long as both scales last: 32 k, 16 with groups of 16, and with one scale a row of x up to
+// kLongRun. That formula and order hold for every M and every thread count, so an output's bits depend on its
+// row of x and its row of w alone.
 //
-// M = 1 reads k*n*bits/8 bytes once and is bound by memory: codes are unpacked in registers. From kUnpackFrom
-// rows on, a block's nibbles are unpacked once to bytes (32 * k, in L2) and an MR x 32 register tile passes
-// over them: per 32 k, 16 * MR dot instructions and about 6 * MR for the scales.
+// M = 1 reads the codes once and is bound by memory: they are decoded in registers. From kUnpackFrom rows on,
+// kSlab * 32 columns of a block are decoded once to bytes (16 KiB, in L1) and an MR x 32 register tile passes
+// over them: per 32 k, 16 * MR dot instructions and about 6 * MR for the scales. Accumulators wait in memory
+// between two slabs.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
@@ -23,94 +25,193 @@ constexpr int kRows = 2;  // 4 and 4 of 16
 constexpr int kRows = 1;
 #endif
 constexpr int64_t kUnpackFrom = kRows + 1;
+constexpr int64_t kSlab = kPanelBytes / 1024;  // blocks of 32 k
 
-enum class Codes { nibbles, unpacked_nibbles, bytes };
+// A stretch of a block: blocks [first, last) of 32 k, whose codes start at `codes`.
+struct Slab {
+  const uint8_t* codes;
+  int64_t first, last;
+};
 
-template <Codes kind, int MR>
-void tile(const LinearArgs& a, const Block& b, const uint8_t* codes, int pair, int64_t m, F acc[][2]) {
-  using D = Dot<kind == Codes::bytes ? 8 : 4>;
+template <int MR>
+TW_INLINE void start_dots(const LinearArgs& a, const Block& b, const int32_t* correction, int64_t group,
+                          int pair, I dot[MR][2]) {
+  if (a.w.offset == Offset::none) {
+    TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = iset1(correction[i * a.runs]);
+  } else if (a.w.offset == Offset::zero) {
+    const I z0 = b.zero_point(group, pair_row(pair, 0)), z1 = b.zero_point(group, pair_row(pair, 1));
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      const I c = iset1(correction[i * a.runs]);
+      dot[i][0] = imul(z0, c);
+      dot[i][1] = imul(z1, c);
+    }
+  } else {
+    TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = iset1(0);
+  }
+}
+
+template <int MR>
+TW_INLINE void add_scaled(const LinearArgs& a, const Block& b, const int32_t* correction, const float* sx,
+                          int64_t group, int64_t kb, int pair, const I dot[MR][2], F sum[MR][2]) {
+  const int64_t k_blocks = a.w.k_blocks();
+  const F s0 = b.scale(group, kb, pair_row(pair, 0)), s1 = b.scale(group, kb, pair_row(pair, 1));
+  TW_UNROLL for (int i = 0; i < MR; ++i) {
+    const F s = set1(sx[i * k_blocks + kb]);
+    sum[i][0] = fma(to_float(dot[i][0]), mul(s0, s), sum[i][0]);
+    sum[i][1] = fma(to_float(dot[i][1]), mul(s1, s), sum[i][1]);
+  }
+  if (a.w.offset == Offset::min) {
+    const F m0 = b.minimum(group, kb, pair_row(pair, 0)), m1 = b.minimum(group, kb, pair_row(pair, 1));
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      const F c = set1(bits_to_float(uint32_t(correction[i * a.runs])));
+      sum[i][0] = fma(m0, c, sum[i][0]);
+      sum[i][1] = fma(m1, c, sum[i][1]);
+    }
+  }
+}
+
+// kBits: 4 if no code exceeds 15. kSteps: 8, or 4 with groups of 16.
+template <Read r, int kBits, int MR, int kSteps>
+void tile(const LinearArgs& a, const Block& b, const Slab& slab, Bytes16 table, int pair, int64_t m,
+          F total[][2]) {
+  using D = Dot<kBits>;
   const int64_t k_blocks = a.w.k_blocks();
   const int8_t* x = a.codes + m * k_blocks * 32;
   const float* sx = a.scales + m * k_blocks;
-  const int32_t* correction = a.corrections + m * k_blocks;
-  const Offset offset = a.w.offset;
+  const int64_t run = kSteps == 8 ? a.run / 32 : 1;
+  const int32_t* correction = a.corrections + m * a.runs + slab.first / run * (8 / kSteps);
   F sum[MR][2];
-  TW_UNROLL for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = zero();
-  int64_t group = 0;
-  int left_in_group = b.blocks_per_group;
-  for (int64_t kb = 0; kb < k_blocks; ++kb) {
-    typename D::Acc dot[MR][2];
-    I start[MR][2];
-    if (offset == Offset::none) {
-      TW_UNROLL for (int i = 0; i < MR; ++i) start[i][0] = start[i][1] = iset1(correction[i * k_blocks + kb]);
-    } else if (offset == Offset::zero) {
-      const I z0 = b.zero_point(group, pair_row(pair, 0)), z1 = b.zero_point(group, pair_row(pair, 1));
-      TW_UNROLL for (int i = 0; i < MR; ++i) {
-        const I c = iset1(correction[i * k_blocks + kb]);
-        start[i][0] = imul(z0, c);
-        start[i][1] = imul(z1, c);
-      }
-    } else {
-      TW_UNROLL for (int i = 0; i < MR; ++i) start[i][0] = start[i][1] = iset1(0);
-    }
-    TW_UNROLL for (int i = 0; i < MR; ++i) {
-      dot[i][0] = D::start(start[i][0]);
-      dot[i][1] = D::start(start[i][1]);
-    }
-    TW_UNROLL for (int step = 0; step < 8; ++step) {
-      I w0, w1;
-      if constexpr (kind == Codes::nibbles) {
-        const I raw = iload(codes + (kb * 8 + step) * 64 + pair * W * 4);
-        w0 = low_nibbles(raw);
-        w1 = high_nibbles(raw);
-      } else {
-        w0 = iload(codes + (kb * 8 + step) * 128 + pair * W * 4);
-        w1 = iload(codes + (kb * 8 + step) * 128 + 64 + pair * W * 4);
-      }
-      TW_UNROLL for (int i = 0; i < MR; ++i) {
-        const int8_t* four = x + (i * k_blocks + kb) * 32 + step * 4;
-        dot[i][0] = D::step(dot[i][0], w0, four);
-        dot[i][1] = D::step(dot[i][1], w1, four);
-      }
-    }
-    const F s0 = b.scale(group, pair_row(pair, 0)), s1 = b.scale(group, pair_row(pair, 1));
-    TW_UNROLL for (int i = 0; i < MR; ++i) {
-      const F s = set1(sx[i * k_blocks + kb]);
-      sum[i][0] = fma(to_float(D::finish(dot[i][0], start[i][0])), mul(s0, s), sum[i][0]);
-      sum[i][1] = fma(to_float(D::finish(dot[i][1], start[i][1])), mul(s1, s), sum[i][1]);
-    }
-    if (offset == Offset::min) {
-      const F m0 = b.minimum(group, pair_row(pair, 0)), m1 = b.minimum(group, pair_row(pair, 1));
-      TW_UNROLL for (int i = 0; i < MR; ++i) {
-        const F c = set1(bits_to_float(uint32_t(correction[i * k_blocks + kb])));
-        sum[i][0] = fma(m0, c, sum[i][0]);
-        sum[i][1] = fma(m1, c, sum[i][1]);
+  TW_UNROLL for (int i = 0; i < MR; ++i) {
+    sum[i][0] = total[i][0];
+    sum[i][1] = total[i][1];
+  }
+  int64_t group = b.group(slab.first, 0);
+  int64_t left_in_group = b.blocks_per_group - slab.first % b.blocks_per_group;
+  for (int64_t kb = slab.first; kb < slab.last;) {
+    const int64_t end = kb + run < slab.last ? kb + run : slab.last, begin = kb;
+    I dot[MR][2];
+    for (; kb < end; ++kb) {
+      StepReader<r> reader(slab.codes, kb - slab.first, pair);
+      TW_UNROLL for (int part = 0; part < 8 / kSteps; ++part) {
+        if (kSteps == 4 || kb == begin) start_dots<MR>(a, b, correction, group + part, pair, dot);
+        typename D::Acc acc[MR][2];
+        TW_UNROLL for (int i = 0; i < MR; ++i) {
+          acc[i][0] = D::start(dot[i][0]);
+          acc[i][1] = D::start(dot[i][1]);
+        }
+        TW_UNROLL for (int s = 0; s < kSteps; ++s) {
+          const int step = part * kSteps + s;
+          I w0, w1;
+          reader.step(step, w0, w1);
+          if constexpr (r == Read::table) {
+            w0 = lookup_bytes(table, w0);
+            w1 = lookup_bytes(table, w1);
+          }
+          TW_UNROLL for (int i = 0; i < MR; ++i) {
+            const int8_t* four = x + (i * k_blocks + kb) * 32 + step * 4;
+            acc[i][0] = D::step(acc[i][0], w0, four);
+            acc[i][1] = D::step(acc[i][1], w1, four);
+          }
+        }
+        TW_UNROLL for (int i = 0; i < MR; ++i) {
+          dot[i][0] = D::finish(acc[i][0], dot[i][0]);
+          dot[i][1] = D::finish(acc[i][1], dot[i][1]);
+        }
+        if (kSteps == 4) add_scaled<MR>(a, b, correction++, sx, group + part, kb, pair, dot, sum);
       }
     }
-    if (--left_in_group == 0) {
-      ++group;
+    if (kSteps == 8) add_scaled<MR>(a, b, correction++, sx, group, begin, pair, dot, sum);
+    left_in_group -= end - begin;
+    if (left_in_group == 0) {
+      group += 8 / kSteps;
       left_in_group = b.blocks_per_group;
     }
   }
   TW_UNROLL for (int i = 0; i < MR; ++i) {
-    acc[i][0] = sum[i][0];
-    acc[i][1] = sum[i][1];
+    total[i][0] = sum[i][0];
+    total[i][1] = sum[i][1];
   }
 }
 
-template <Codes kind>
-void all_rows(const LinearArgs& a, const Block& b, const uint8_t* codes, int64_t block, int64_t begin,
-              int64_t end) {
-  in_tiles<kRows>(begin, end, [&](int64_t m, auto rows) {
+// Few rows: all of k in one go, codes decoded in registers.
+template <Read r, int kMost, int kSteps>
+void few_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t begin, int64_t end) {
+  const ByteTable values(a.w);
+  const Bytes16 table = load_bytes16(values.bytes);
+  in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     for (int pair = 0; pair < kPairs; ++pair) {
       F acc[rows.n][2];
-      tile<kind, rows.n>(a, b, codes, pair, m, acc);
+      for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
+      tile<r, r == Read::nibbles ? 4 : 8, rows.n, kSteps>(a, b, {b.codes, 0, a.w.k_blocks()}, table, pair, m,
+                                                          acc);
       for (int i = 0; i < rows.n; ++i) {
         store_outputs(a, block, pair_row(pair, 0), m + i, acc[i][0]);
         store_outputs(a, block, pair_row(pair, 1), m + i, acc[i][1]);
       }
     }
   });
+}
+
+template <Read r>
+void unpack(const PackedWeight& w, const uint8_t* codes, int64_t first, int64_t last, uint8_t* out) {
+  const ByteTable values(w);
+  const Bytes16 table = load_bytes16(values.bytes);
+  for (int64_t kb = first; kb < last; ++kb, out += 1024)
+    for (int pair = 0; pair < kPairs; ++pair) {
+      StepReader<r> reader(codes, kb, pair);
+      TW_UNROLL for (int step = 0; step < 8; ++step) {
+        I low, high;
+        reader.step(step, low, high);
+        if constexpr (r == Read::table) {
+          low = lookup_bytes(table, low);
+          high = lookup_bytes(table, high);
+        }
+        istore(out + step * 128 + pair * W * 4, low);
+        istore(out + step * 128 + 64 + pair * W * 4, high);
+      }
+    }
+}
+
+template <int kBits, int kSteps>
+void all_rows(const LinearArgs& a, const Block& b, const Slab& slab, int64_t begin, int64_t end,
+              float* totals) {
+  in_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      float* at = totals + m * 32;
+      const int r0 = pair_row(pair, 0), r1 = pair_row(pair, 1);
+      F acc[rows.n][2];
+      TW_UNROLL for (int i = 0; i < rows.n; ++i) {
+        acc[i][0] = load(at + i * 32 + r0);
+        acc[i][1] = load(at + i * 32 + r1);
+      }
+      tile<Read::bytes, kBits, rows.n, kSteps>(a, b, slab, Bytes16{}, pair, begin + m, acc);
+      TW_UNROLL for (int i = 0; i < rows.n; ++i) {
+        store(at + i * 32 + r0, acc[i][0]);
+        store(at + i * 32 + r1, acc[i][1]);
+      }
+    }
+  });
+}
+
+template <Read r, int kSteps>
+void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
+  const Block b(a.w, block);
+  const int64_t m_count = m_end - m_begin, k_blocks = a.w.k_blocks();
+  constexpr bool kPlain = r == Read::nibbles || r == Read::bytes;  // worth a tile of their own
+  if (m_count == 1) return few_rows<r, 1, kSteps>(a, b, block, m_begin, m_end);
+  if constexpr (kPlain)
+    if (m_count < kUnpackFrom) return few_rows<r, kRows, kSteps>(a, b, block, m_begin, m_end);
+  auto* totals = reinterpret_cast<float*>(panel + kPanelBytes);
+  for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
+  const int64_t run_blocks = kSteps == 8 ? a.run / 32 : 1, slab_blocks = kSlab / run_blocks * run_blocks;
+  for (int64_t first = 0; first < k_blocks; first += slab_blocks) {
+    const int64_t last = first + slab_blocks < k_blocks ? first + slab_blocks : k_blocks;
+    const uint8_t* codes = r == Read::bytes ? b.codes + first * 1024 : panel;
+    if constexpr (r != Read::bytes) unpack<r>(a.w, b.codes, first, last, panel);
+    all_rows<r == Read::nibbles ? 4 : 8, kSteps>(a, b, {codes, first, last}, m_begin, m_end, totals);
+  }
+  for (int64_t m = 0; m < m_count; ++m)
+    for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
 }
 
 template <class T>
@@ -142,6 +243,13 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
       }
       token_scale = top / 127.0f;
     }
+    const auto correct = [&](int64_t at, int32_t sum, float scale) {
+      a.corrections[r * a.runs + at] = a.offset == Offset::none ? -a.zero * sum
+                                       : a.offset == Offset::zero
+                                           ? -sum
+                                           : int32_t(float_to_bits(float(sum) * scale));
+    };
+    int32_t sum = 0;
     for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
       F v[32 / W];
       const float top = amax_of(kb, v);
@@ -155,13 +263,18 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
         TW_UNROLL for (int i = 0; i < 32 / W; ++i)
             store_s8(c + i * W, max_propagate(min_propagate(div(v[i], s), set1(127.0f)), set1(-127.0f)));
       }
-      int32_t sum = 0;
-      for (int i = 0; i < 32; ++i) sum += c[i];
       a.scales[r * a.k_blocks + kb] = scale;
-      a.corrections[r * a.k_blocks + kb] = a.offset == Offset::none ? -a.zero * sum
-                                           : a.offset == Offset::zero
-                                               ? -sum
-                                               : int32_t(float_to_bits(float(sum) * scale));
+      for (int i = 0; i < 32; ++i) sum += c[i] * (a.run != 16 || i < 16);
+      if (a.run == 16) {
+        correct(kb * 2, sum, scale);
+        sum = 0;
+        for (int i = 16; i < 32; ++i) sum += c[i];
+        correct(kb * 2 + 1, sum, scale);
+        sum = 0;
+      } else if ((kb + 1) % (a.run / 32) == 0 || kb + 1 == a.k_blocks) {
+        correct(kb / (a.run / 32), sum, scale);
+        sum = 0;
+      }
     }
   }
 }
@@ -173,12 +286,13 @@ void TW_KERNEL(quantise_rows)(const QuantiseArgs& a, int64_t begin, int64_t end)
 }
 
 void TW_KERNEL(linear_int8)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
-  const Block b(a.w, block);
-  if (a.w.bits == 8) return all_rows<Codes::bytes>(a, b, b.codes, block, m_begin, m_end);
-  if (m_end - m_begin < kUnpackFrom) return all_rows<Codes::nibbles>(a, b, b.codes, block, m_begin, m_end);
-  auto* bytes = static_cast<uint8_t*>(panel);
-  unpack_nibbles(b.codes, a.w.k_blocks(), bytes);
-  all_rows<Codes::unpacked_nibbles>(a, b, bytes, block, m_begin, m_end);
+  with_read<false>(a.w, [&](auto as) {
+    auto* bytes = static_cast<uint8_t*>(panel);
+    if (a.run == 16)
+      run<as.read, 4>(a, block, m_begin, m_end, bytes);
+    else
+      run<as.read, 8>(a, block, m_begin, m_end, bytes);
+  });
 }
 
 }  // namespace tilewright

@@ -1,5 +1,6 @@
 // Reading a PackedWeight inside kernels. Included after cpu/simd.h.
 #pragma once
+#include "cpu/code_tables.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/rows.h"
 
@@ -11,42 +12,186 @@ namespace {
 constexpr int kPairs = 16 / W;
 TW_INLINE int pair_row(int pair, int half) { return half * 16 + pair * W; }
 
+// How codes are read, one step of 4 k after the other: several kinds of codes share a way.
+enum class Read { nibbles, five, six, bytes, table, e4m3, bf16 };
+TW_INLINE Read read_of(const PackedWeight& w) {
+  switch (w.codes) {
+    case Codes::int4:
+      return Read::nibbles;
+    case Codes::int5:
+      return Read::five;
+    case Codes::int6:
+      return Read::six;
+    case Codes::int8:
+      return Read::bytes;
+    case Codes::e4m3:
+      return Read::e4m3;
+    case Codes::bf16:
+      return Read::bf16;
+    default:
+      return Read::table;
+  }
+}
+// Calls f with Read as a constant; those without integer codes only where asked.
+template <Read r>
+struct As {
+  static constexpr Read read = r;
+};
+template <bool kFloats, class Fn>
+TW_INLINE void with_read(const PackedWeight& w, Fn&& f) {
+  switch (read_of(w)) {
+    case Read::nibbles:
+      return f(As<Read::nibbles>{});
+    case Read::five:
+      return f(As<Read::five>{});
+    case Read::six:
+      return f(As<Read::six>{});
+    case Read::bytes:
+      return f(As<Read::bytes>{});
+    case Read::table:
+      return f(As<Read::table>{});
+    case Read::e4m3:
+      if constexpr (kFloats) f(As<Read::e4m3>{});
+      return;
+    case Read::bf16:
+      if constexpr (kFloats) f(As<Read::bf16>{});
+      return;
+  }
+}
+constexpr int code_block_bytes(Read r) {  // of 32 k
+  return r == Read::bf16                       ? 2048
+         : r == Read::bytes || r == Read::e4m3 ? 1024
+         : r == Read::six                      ? 768
+         : r == Read::five                     ? 640
+                                               : 512;
+}
+
+TW_INLINE const IntegerTable& integer_table(Codes c) {
+  switch (c) {
+    case Codes::mxfp4:
+      return kMxfp4;
+    case Codes::iq1:
+      return kIq1;
+    case Codes::iq2:
+      return kIq2;
+    case Codes::iq3_xxs:
+      return kIq3Xxs;
+    case Codes::iq3_s:
+      return kIq3S;
+    default:
+      return kIq4Nl;
+  }
+}
+
 struct Block {
-  const uint8_t* codes;
-  const uint8_t* scales;
-  const uint8_t* offsets;
-  int64_t scale_bytes, offset_bytes;
-  int blocks_per_group;
+  const uint8_t *codes, *scales, *offsets, *supers;
+  Scale kind;
+  int64_t super_offsets;  // from the supers of scales to those of minima
+  float unit;             // of a table's values, a power of two
+  int blocks_per_group, parts;
 
   TW_INLINE Block(const PackedWeight& w, int64_t block) {
     codes = w.data + block * w.block_bytes();
     scales = codes + w.code_bytes();
-    scale_bytes = w.scale_bytes();
-    offset_bytes = w.offset_bytes();
-    offsets = scales + w.groups() * 32 * scale_bytes;
+    offsets = scales + w.groups() * 32 * w.scale_bytes();
+    supers = offsets + w.groups() * 32 * w.offset_bytes();
+    kind = w.scale;
+    super_offsets = w.k_supers() * 64;
+    unit = w.is_table() && !w.is_float() ? integer_table(w.codes).unit : 1.0f;
     blocks_per_group = int(w.blocks_per_group());
+    parts = int(w.parts());
   }
-  TW_INLINE F load_values(const uint8_t* p) const {
-    return scale_bytes == 2 ? load(reinterpret_cast<const f16*>(p)) : load(reinterpret_cast<const float*>(p));
+  // Of part `part` of block kb of 32 k.
+  TW_INLINE int64_t group(int64_t kb, int part) const {
+    return parts == 2 ? kb * 2 + part : blocks_per_group == 1 ? kb : kb / blocks_per_group;
   }
-  TW_INLINE F scale(int64_t group, int row) const {
-    return load_values(scales + (group * 32 + row) * scale_bytes);
+  TW_INLINE F values(const uint8_t* p, int64_t group, int64_t kb, int row, const uint8_t* super) const {
+    const int64_t at = group * 32 + row;
+    switch (kind) {
+      case Scale::f16:
+        return load(reinterpret_cast<const f16*>(p) + at);
+      case Scale::bf16:
+        return load(reinterpret_cast<const bf16*>(p) + at);
+      case Scale::f32:
+        return load(reinterpret_cast<const float*>(p) + at);
+      case Scale::two_level:
+        // Exact: 11 bits and a power of two, times 8 bits.
+        return mul(mul(load(reinterpret_cast<const f16*>(super) + kb / 8 * 32 + row), set1(unit)),
+                   to_float(load_s8(reinterpret_cast<const int8_t*>(p) + at)));
+      default:
+        return set1(1.0f);
+    }
   }
-  TW_INLINE F minimum(int64_t group, int row) const {
-    return load_values(offsets + (group * 32 + row) * scale_bytes);
+  TW_INLINE F scale(int64_t group, int64_t kb, int row) const {
+    return values(scales, group, kb, row, supers);
+  }
+  TW_INLINE F minimum(int64_t group, int64_t kb, int row) const {
+    return values(offsets, group, kb, row, supers + super_offsets);
   }
   TW_INLINE I zero_point(int64_t group, int row) const { return load_u8(offsets + group * 32 + row); }
 };
 
-// 4-bit codes of `k_blocks` blocks as bytes, in the 8-bit layout.
-TW_INLINE void unpack_nibbles(const uint8_t* codes, int64_t k_blocks, uint8_t* bytes) {
-  for (int64_t step = 0; step < k_blocks * 8; ++step)
-    for (int p = 0; p < kPairs; ++p) {
-      const I raw = iload(codes + step * 64 + p * W * 4);
-      istore(bytes + step * 128 + p * W * 4, low_nibbles(raw));
-      istore(bytes + step * 128 + 64 + p * W * 4, high_nibbles(raw));
+// The codes of 32 k of a pair of vectors, one step of 4 after the other: 4 bytes a lane, a lane a row. Codes
+// of a table come as they are stored.
+template <Read r>
+struct StepReader {
+  const uint8_t* at;
+  I low_bits, high_bits;  // five, six: what is left of the planes
+
+  TW_INLINE StepReader(const uint8_t* codes, int64_t kb, int pair)
+      : at(codes + kb * code_block_bytes(r) + pair * W * 4) {
+    if constexpr (r == Read::five) planes(0);
+  }
+  TW_INLINE void planes(int step) {
+    const uint8_t* p = at + 512 + step / 4 * 128;
+    low_bits = iload(p);
+    high_bits = iload(p + 64);
+  }
+  // Steps are asked for in ascending order, each once.
+  TW_INLINE void step(int step, I& low, I& high) {
+    if constexpr (r == Read::bytes || r == Read::e4m3) {
+      low = iload(at + step * 128);
+      high = iload(at + step * 128 + 64);
+    } else {
+      const I raw = iload(at + step * 64);
+      low = low_nibbles(raw);
+      high = high_nibbles(raw);
+      if constexpr (r == Read::five) {
+        const I one = iset1(0x10101010);
+        low = ior(low, iand(ishl<4>(low_bits), one));
+        high = ior(high, iand(ishl<4>(high_bits), one));
+        low_bits = ishr<1>(low_bits);
+        high_bits = ishr<1>(high_bits);
+      }
+      if constexpr (r == Read::six) {
+        if (step % 4 == 0) planes(step);
+        const I two = iset1(0x30303030);
+        low = ior(low, iand(ishl<4>(low_bits), two));
+        high = ior(high, iand(ishl<4>(high_bits), two));
+        low_bits = ishr<2>(low_bits);
+        high_bits = ishr<2>(high_bits);
+      }
     }
-}
+  }
+};
+
+// The values of a table of integers, as unsigned bytes around 128.
+struct ByteTable {
+  uint8_t bytes[16];
+  TW_INLINE explicit ByteTable(const PackedWeight& w) {
+    const IntegerTable& table = integer_table(w.codes);
+    for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(table.values[i] + 128);
+  }
+};
+// The values of any table as floats. Units are the scale's business.
+struct ValueTable {
+  float values[16];
+  TW_INLINE explicit ValueTable(const PackedWeight& w) {
+    const FloatTable& floats = w.codes == Codes::fp4 ? kFp4 : kNf4;
+    const IntegerTable& integers = integer_table(w.codes);
+    for (int i = 0; i < 16; ++i) values[i] = w.is_float() ? floats.values[i] : float(integers.values[i]);
+  }
+};
 
 // Stores W outputs of row m, the block's rows [first, first + W), with the bias; outputs past n are dropped.
 TW_INLINE void store_outputs(const LinearArgs& a, int64_t block, int first, int64_t m, F y) {

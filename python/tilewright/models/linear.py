@@ -89,9 +89,9 @@ def stacked(weights: Sequence[Matrix], biases: Sequence[Tensor | None], activati
 
 
 def _stackable(weights: Sequence[QuantizedWeight]) -> bool:
-    return len({weight.spec()[1:] for weight in weights}) == 1 and all(
-        weight.shape[0] % _BLOCK_ROWS == 0 for weight in weights[:-1]
-    )
+    return all(
+        weight.spec()[1:] == weights[0].spec()[1:] and weight.reads_like(weights[0]) for weight in weights
+    ) and all(weight.shape[0] % _BLOCK_ROWS == 0 for weight in weights[:-1])
 
 
 def bound(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,8 @@ def linear(x: Tensor, module: nn.Module, out: Tensor) -> Call:
     """out = module(x), for a module of `models.linear`."""
     if isinstance(module, QuantizedLinear):
         weight = module.weight
-        return partial(_C.linear, x, weight.packed, *weight.spec(), module.bias, module.activation, out)
+        options = (module.bias, weight.columns, module.activation, weight.outlier_threshold)
+        return partial(_C.linear, x, weight.packed, *weight.spec(), *options, out)
     return lambda: out.copy_(module(x))
 
 
@@ -36,6 +37,8 @@ def embedding(ids: Tensor, matrix: nn.Module, out: Tensor) -> Call:
     """out = rows `ids` (int64 (n,)) of the matrix, out: fp32 (n, hidden)."""
     if isinstance(matrix, QuantizedLinear):
         weight = matrix.weight
+        if weight.columns is not None:
+            return lambda: out.copy_(weight.rows(ids))
         return partial(_C.weight_rows, ids, weight.packed, *weight.spec(), out)
     return lambda: out.copy_(matrix.weight[ids])
 

@@ -33,7 +33,10 @@ def quantized_linear(
     x's dtype. ``activation`` says in what x is multiplied:
     "int8": quantised per row and 32 consecutive k (scale max|x|/127, round half to even); bits of a result row
     depend on that row of x alone. "int8_token": one scale a row. "bf16": x rounded to bf16, fp32 sums. "fp32".
-    The gradient reaches x and bias; the weight is frozen.
+    With `weight.columns`, consecutive are the packed columns. With `weight.outlier_threshold`, larger |x| are left
+    out of the integer product and multiplied in fp32, row by row (bitsandbytes does so for a column of the whole
+    batch). Codes that are no integers (nf4, fp4, e4m3, bf16) take x rounded like that in fp32 arithmetic, which is
+    slower than "bf16". The gradient reaches x and bias, and the weight's `latent`; packed weights are frozen.
 
     Raises ValueError or TypeError for wrong shapes, dtypes and names, NotImplementedError for a missing backend.
     """
@@ -44,8 +47,9 @@ def quantized_linear(
         spec, packed = weight.spec(), weight.packed
     except AttributeError:
         raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
-    if backend != "reference" and direct(x, packed, bias, out):
-        return _linear(x, packed, bias, *spec, activation, out)
+    columns, threshold, latent = weight.columns, weight.outlier_threshold, weight.latent
+    if backend != "reference" and direct(x, packed, bias, out, latent):
+        return _linear(x, packed, bias, None, columns, *spec, activation, threshold, out)
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
     if out is not None:
@@ -59,7 +63,7 @@ def quantized_linear(
         result = quantized_linear_reference(x, weight, bias, activation=activation).to(x.dtype)
         record_reference(_OP)
     else:
-        result = torch.ops.tilewright.quantized_linear(x, packed, bias, *spec, activation)
+        result = torch.ops.tilewright.quantized_linear(x, packed, bias, latent, columns, *spec, activation, threshold)
     return result if out is None else out.copy_(result)
 
 
@@ -77,15 +81,26 @@ def quantise_activations(x: Tensor, activation: str) -> Tensor:
     return (codes.double() * scale.double()).flatten(-2)[..., :k]
 
 
+def rounded_activations(x: Tensor, weight: QuantizedWeight, activation: str) -> Tensor:
+    """x as `quantized_linear` multiplies it, float64 (..., K), in the weight's order of columns."""
+    if not activation.startswith("int8"):
+        return x.bfloat16().double() if activation == "bf16" else x.double()
+    order = slice(None) if weight.columns is None else weight.columns
+    wide = x.float()[..., order]
+    outliers = torch.zeros_like(wide, dtype=torch.bool)
+    if weight.outlier_threshold > 0:
+        outliers = (wide.abs() >= weight.outlier_threshold) & wide.isfinite()
+    seen = torch.where(outliers, wide.double(), quantise_activations(wide.masked_fill(outliers, 0), activation))
+    result = torch.empty_like(seen)
+    result[..., order] = seen
+    return result
+
+
 def quantized_linear_reference(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: str = "int8"
 ) -> Tensor:
     """`quantized_linear` in float64: x quantised or rounded exactly as the kernels do, then plain matmul."""
-    if activation.startswith("int8"):
-        wide = quantise_activations(x, activation)
-    else:
-        wide = x.bfloat16().double() if activation == "bf16" else x.double()
-    out = wide @ weight.dequantize().double().t()
+    out = rounded_activations(x, weight, activation) @ weight.dequantize().double().t()
     return out if bias is None else out + bias.double()
 
 
@@ -93,13 +108,16 @@ def _linear(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
+    latent: Tensor | None,
+    columns: Tensor | None,
     n: int,
     k: int,
-    bits: int,
+    codes: int,
     group_size: int,
     offset: int,
-    scale_bits: int,
+    scale: int,
     activation: str,
+    outlier_threshold: float,
     out: Tensor | None = None,
 ) -> Tensor:
     x = contiguous_last(x)
@@ -109,15 +127,15 @@ def _linear(
         out = x.new_empty((*x.shape[:-1], n))
     if k == 0 and x.dim() and x.shape[-1] == 0:  # an empty sum
         return out.copy_(torch.zeros(n) if bias is None else bias)
-    _C.linear(x, packed, n, k, bits, group_size, offset, scale_bits, bias, activation, out)
+    _C.linear(x, packed, n, k, codes, group_size, offset, scale, bias, columns, activation, outlier_threshold, out)
     return out
 
 
-def _linear_cpu(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation):
-    return _linear(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation)
+def _linear_cpu(x, packed, bias, latent, columns, n, k, codes, group_size, offset, scale, activation, threshold):
+    return _linear(x, packed, bias, latent, columns, n, k, codes, group_size, offset, scale, activation, threshold)
 
 
-def _linear_fake(x, packed, bias, n, k, bits, group_size, offset, scale_bits, activation):
+def _linear_fake(x, packed, bias, latent, columns, n, k, *_):
     if x.device != packed.device:
         raise ValueError(f"{_OP}: x is on device {x.device}, the weight on {packed.device}; move one with .to")
     if x.shape[-1] != k:
@@ -126,24 +144,33 @@ def _linear_fake(x, packed, bias, n, k, bits, group_size, offset, scale_bits, ac
 
 
 def _setup_context(ctx, inputs, output):
-    x, packed, bias, *spec, _ = inputs
+    x, packed, bias, latent, columns, *spec, _, _ = inputs
     ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(packed)
+    ctx.latent_dtype = None if latent is None else latent.dtype
+    ctx.save_for_backward(packed, columns, None if latent is None else x)
 
 
 def _backward(ctx, grad):
-    (packed,) = ctx.saved_tensors
-    rows = torch.arange(ctx.spec[0], device=packed.device)
-    w = torch.ops.tilewright.weight_rows(rows, packed, *ctx.spec)
-    grad_x = (grad.float() @ w).to(ctx.x_dtype)
-    grad_bias = None
+    packed, columns, x = ctx.saved_tensors
+    grad_x = grad_bias = grad_latent = None
+    if ctx.needs_input_grad[0]:
+        rows = torch.arange(ctx.spec[0], device=packed.device)
+        w = torch.ops.tilewright.weight_rows(rows, packed, *ctx.spec)
+        grad_x = grad.float() @ w
+        if columns is not None:
+            grad_x = torch.empty_like(grad_x).index_copy_(-1, columns, grad_x)
+        grad_x = grad_x.to(ctx.x_dtype)
     if ctx.bias_dtype is not None:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, grad_bias, *(None,) * 7
+    if x is not None:  # straight through the rounding
+        grad_latent = grad.reshape(-1, grad.shape[-1]).float().t() @ x.reshape(-1, x.shape[-1]).float()
+        grad_latent = grad_latent.to(ctx.latent_dtype)
+    return grad_x, None, grad_bias, grad_latent, *(None,) * 9
 
 
 register(
-    f"quantized_linear(Tensor x, Tensor packed, Tensor? bias, {SPEC}, str activation) -> Tensor",
+    "quantized_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? latent, Tensor? columns, "
+    f"{SPEC}, str activation, float outlier_threshold) -> Tensor",
     _linear_cpu,
     _linear_fake,
     backward=_backward,

@@ -8,7 +8,7 @@ from torch import Tensor
 from tilewright import _C
 from tilewright.ops.registry import direct, register
 
-SPEC = "int n, int k, int bits, int group_size, int offset, int scale_bits"
+SPEC = "int n, int k, int codes, int group_size, int offset, int scale"
 
 
 def weight_rows(index: Tensor, packed: Tensor, spec: tuple[int, int, int, int, int, int]) -> Tensor:
@@ -19,9 +19,9 @@ def weight_rows(index: Tensor, packed: Tensor, spec: tuple[int, int, int, int, i
     return torch.ops.tilewright.weight_rows(index, packed, *spec)
 
 
-def _rows_cpu(index, packed, n, k, bits, group_size, offset, scale_bits):
+def _rows_cpu(index, packed, n, k, codes, group_size, offset, scale):
     out = torch.empty(index.shape[0], k, dtype=torch.float32, device="cpu")
-    _C.weight_rows(index, packed, n, k, bits, group_size, offset, scale_bits, out)
+    _C.weight_rows(index, packed, n, k, codes, group_size, offset, scale, out)
     return out
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from tilewright import _C
 from tilewright.quant.weight import QuantizedWeight, empty_packed
 
-# type: bits, offset. All three have groups of 32 and fp16 scales, which the packed form keeps as they are.
-SUPPORTED = {"Q4_0": (4, "none"), "Q4_1": (4, "min"), "Q8_0": (8, "none")}
+# type: codes, offset. All three have groups of 32 and fp16 scales, which the packed form keeps as they are.
+SUPPORTED = {"Q4_0": ("int4", "none"), "Q4_1": ("int4", "min"), "Q8_0": ("int8", "none")}
 
 
 def from_gguf(raw: Tensor, type_name: str, shape: tuple[int, int]) -> QuantizedWeight:
@@ -27,7 +27,7 @@ def from_gguf(raw: Tensor, type_name: str, shape: tuple[int, int]) -> QuantizedW
         raise ValueError(f"from_gguf: {type_name} has blocks of 32 columns, got shape {(n, k)}")
     if raw.dtype != torch.uint8 or raw.dim() != 2:
         raise ValueError(f"from_gguf: raw must be uint8 (rows, bytes), got {raw.dtype} {tuple(raw.shape)}")
-    bits, offset = SUPPORTED[type_name]
-    packed = empty_packed((n, k), bits, 32, offset, 16, "cpu")
+    codes, offset = SUPPORTED[type_name]
+    packed = empty_packed((n, k), codes, 32, offset, "f16", "cpu")
     _C.pack_gguf(raw.contiguous(), type_name, packed, n, k)
-    return QuantizedWeight(packed, (n, k), bits, 32, offset, 16, type_name)
+    return QuantizedWeight(packed, (n, k), codes, 32, offset, "f16", type_name)

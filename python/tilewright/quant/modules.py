@@ -14,9 +14,10 @@ from tilewright.quant.weight import QuantizedWeight, empty_packed, quantize_weig
 class QuantizedLinear(nn.Module):
     """``y = x @ w.T + bias`` with a quantised ``w`` of shape (out_features, in_features).
 
-    The packed weight is the buffer `packed` and the bias the parameter `bias` (float32), so state_dict, pickle and
-    deepcopy work; the description of the format travels as the module's extra state. A new module holds zeros
-    until a state dict is loaded; `from_linear` and `from_weight` fill it.
+    The packed weight is the buffer `packed`, beside it `columns` where the weight has an order of columns, and the
+    bias the parameter `bias` (float32), so state_dict, pickle and deepcopy work; the description of the format
+    travels as the module's extra state. A new module holds zeros until a state dict is loaded; `from_linear` and
+    `from_weight` fill it.
     """
 
     def __init__(
@@ -29,16 +30,20 @@ class QuantizedLinear(nn.Module):
         *,
         activation: str = "int8",
         offset: str = "none",
-        scale_bits: int = 16,
+        scale: str = "f16",
+        codes: str | None = None,
+        columns: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"QuantizedLinear: activation must be one of {ACTIVATIONS}, got {activation!r}")
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        self._format = (bits, group_size, offset, scale_bits, "")
+        self._format = (codes or f"int{bits}", group_size, offset, scale, "", 0.0)
         shape = (out_features, in_features)
         self.packed: Tensor
-        self.register_buffer("packed", empty_packed(shape, bits, group_size, offset, scale_bits, "cpu").zero_())
+        self.columns: Tensor | None
+        self.register_buffer("packed", empty_packed(shape, *self._format[:4], "cpu").zero_())
+        self.register_buffer("columns", torch.arange(in_features) if columns else None)
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
@@ -49,8 +54,10 @@ class QuantizedLinear(nn.Module):
         n, k = weight.shape
         module = cls(k, 0, bias=False, activation=activation)
         module.out_features = n
-        module._format = (weight.bits, weight.group_size, weight.offset, weight.scale_bits, weight.source)
-        module.packed = weight.packed
+        module._format = (
+            weight.codes, weight.group_size, weight.offset, weight.scale, weight.source, weight.outlier_threshold
+        )  # fmt: skip
+        module.packed, module.columns = weight.packed, weight.columns
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().float().contiguous(), requires_grad=False)
         return module
@@ -75,10 +82,9 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The weight as kernels take it; shares `packed`."""
-        bits, group_size, offset, scale_bits, source = self._format
-        return QuantizedWeight(
-            self.packed, (self.out_features, self.in_features), bits, group_size, offset, scale_bits, source
-        )
+        codes, group_size, offset, scale, source, threshold = self._format
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight(self.packed, shape, codes, group_size, offset, scale, source, self.columns, threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.bias, activation=self.activation)
@@ -89,8 +95,8 @@ class QuantizedLinear(nn.Module):
     def set_extra_state(self, state: tuple) -> None:
         if tuple(state)[:4] != self._format[:4]:
             raise ValueError(
-                f"QuantizedLinear: the state dict holds the format {tuple(state)[:4]} (bits, group_size, offset, "
-                f"scale bits), this module has {self._format[:4]}; create it with the same arguments"
+                f"QuantizedLinear: the state dict holds the format {tuple(state)[:4]} (codes, group_size, offset, "
+                f"scale), this module has {self._format[:4]}; create it with the same arguments"
             )
 
     def extra_repr(self) -> str:

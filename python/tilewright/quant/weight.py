@@ -10,8 +10,14 @@ from torch import Tensor
 from tilewright import _C
 from tilewright.ops.weight_rows import weight_rows
 
+CODES = (
+    "int4", "int5", "int6", "int8", "nf4", "fp4", "iq4_nl", "mxfp4", "iq1", "iq2", "iq3_xxs", "iq3_s", "e4m3", "bf16",
+)  # fmt: skip
 OFFSETS = ("none", "zero", "min")
-GROUP_SIZES = (32, 64, 128, -1)
+SCALES = ("f16", "bf16", "f32", "two_level", "none")
+GROUP_SIZES = (16, 32, 64, 128, -1)
+_BITS = {"int5": 5, "int6": 6, "int8": 8, "e4m3": 8, "bf16": 16}  # the others: 4
+_SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _FP16_MIN_NORMAL, _FP16_MAX = 6.103515625e-05, 65504.0
 
 
@@ -20,25 +26,35 @@ class QuantizedWeight:
     """A weight of shape (N, K), quantised along K in groups that share a scale.
 
     ``w = scale * (code - 2**(bits-1))`` (offset "none"), ``scale * (code - zero)`` ("zero") or
-    ``scale * code + min`` ("min"). `packed` is uint8 (ceil(N/32), bytes a block of 32 rows); the layout stands
-    in csrc/cpu/kernels.h. The object is plain data: it pickles, deep-copies and moves with `to`.
+    ``scale * code + min`` ("min") for the codes "int4" to "int8"; ``scale * table[code]`` for the 4-bit tables "nf4",
+    "fp4", "iq4_nl", "mxfp4", "iq1", "iq2", "iq3_xxs", "iq3_s"; fp8 values for "e4m3"; "bf16" is dense.
+    `packed` is uint8 (ceil(N/32), bytes a block of 32 rows); the layout stands in csrc/cpu/kernels.h. The object is
+    plain data: it pickles, deep-copies and moves with `to`.
     """
 
     packed: Tensor
     shape: tuple[int, int]
-    bits: int
-    group_size: int  # columns a scale; -1: one a row
+    codes: str
+    group_size: int  # columns a scale: 16, a multiple of 32, or -1: one a row
     offset: str = "none"
-    scale_bits: int = 16
+    scale: str = "f16"  # how scales are stored; "two_level": int8 factors of an fp16 for each 256 columns
     source: str = ""  # the format that it was read from, for people
+    columns: Tensor | None = None  # int64 (K,): packed column j is column columns[j] of the weight (GPTQ's act-order)
+    outlier_threshold: float = 0.0  # > 0: |x| from here on is multiplied in fp32 where activations are integers
+    latent: Tensor | None = None  # float (N, K): what the straight-through gradient of the weight goes to
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return _BITS.get(self.codes, 4)
 
     @property
     def format(self) -> str:
         """What is stored, such as "int4_g32" or "int4_g32_min (Q4_1)"."""
-        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        group = "" if self.codes == "bf16" else "_row" if self.group_size == -1 else f"_g{self.group_size}"
         kind = "" if self.offset == "none" else f"_{self.offset}"
         source = f" ({self.source})" if self.source else ""
-        return f"int{self.bits}_{group}{kind}{source}"
+        return f"{self.codes}{group}{kind}{source}"
 
     @property
     def nbytes(self) -> int:
@@ -50,26 +66,38 @@ class QuantizedWeight:
         return self.packed.device
 
     def spec(self) -> tuple[int, int, int, int, int, int]:
-        """The numbers that describe `packed` to a kernel: n, k, bits, group_size, offset kind, scale bits."""
+        """The numbers that describe `packed` to a kernel: n, k, codes, group_size, offset, scale."""
         # DLPack hands torch.uint4 out as bytes, so a kernel cannot tell.
         if self.packed.dtype is not torch.uint8:
             raise ValueError(f"QuantizedWeight: packed must be uint8, got {self.packed.dtype}")
-        return (*self.shape, self.bits, self.group_size, OFFSETS.index(self.offset), self.scale_bits)
+        return (*self.shape, *_numbers(self.codes, self.group_size, self.offset, self.scale))
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with `packed` on ``device``."""
-        return replace(self, packed=self.packed.to(device))
+        columns = None if self.columns is None else self.columns.to(device)
+        return replace(self, packed=self.packed.to(device), columns=columns)
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantised rows: float32 (*index.shape, K) for int64 ``index`` in [0, N)."""
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"QuantizedWeight.rows: index must be int64 or int32, got {index.dtype}")
         flat = index.reshape(-1).to(torch.int64).contiguous()
-        return weight_rows(flat, self.packed, self.spec()).view(*index.shape, self.shape[1])
+        rows = weight_rows(flat, self.packed, self.spec())
+        if self.columns is not None:
+            rows = torch.empty_like(rows).index_copy_(1, self.columns, rows)
+        return rows.view(*index.shape, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight, (N, K)."""
         return self.rows(torch.arange(self.shape[0], device=self.device)).to(dtype)
+
+    def reads_like(self, other: QuantizedWeight) -> bool:
+        """Whether both take the columns of x in the same order and treat outliers alike."""
+        if self.outlier_threshold != other.outlier_threshold:
+            return False
+        if self.columns is None or other.columns is None:
+            return self.columns is other.columns
+        return torch.equal(self.columns, other.columns)
 
     @staticmethod
     def concat(parts: list[QuantizedWeight]) -> QuantizedWeight:
@@ -79,7 +107,7 @@ class QuantizedWeight:
             raise ValueError("QuantizedWeight.concat: expected at least one weight, got none")
         first = parts[0]
         for i, p in enumerate(parts):
-            if p.spec()[1:] != first.spec()[1:]:
+            if p.spec()[1:] != first.spec()[1:] or not p.reads_like(first):
                 raise ValueError(
                     "QuantizedWeight.concat: parts must agree in columns and format, got "
                     f"{first.shape} {first.format} and {p.shape} {p.format}"
@@ -92,16 +120,19 @@ class QuantizedWeight:
         return replace(first, packed=torch.cat([p.packed for p in parts]), shape=(rows, first.shape[1]))
 
 
+def _numbers(codes: str, group_size: int, offset: str, scale: str) -> tuple[int, int, int, int]:
+    """Names as the kernels' numbers. Raises ValueError for an unknown one."""
+    for name, value, known in (("codes", codes, CODES), ("offset", offset, OFFSETS), ("scale", scale, SCALES)):
+        if value not in known:
+            raise ValueError(f"QuantizedWeight: {name} must be one of {', '.join(known)}, got {value!r}")
+    return CODES.index(codes), group_size, OFFSETS.index(offset), SCALES.index(scale)
+
+
 def empty_packed(
-    shape: tuple[int, int],
-    bits: int,
-    group_size: int,
-    offset: str,
-    scale_bits: int,
-    device: str | torch.device,
+    shape: tuple[int, int], codes: str, group_size: int, offset: str, scale: str, device: str | torch.device
 ) -> Tensor:
     """Uninitialised storage for a weight of this description."""
-    row_bytes = _C.packed_block_bytes(shape[1], bits, group_size, OFFSETS.index(offset), scale_bits)
+    row_bytes = _C.packed_block_bytes(*shape, *_numbers(codes, group_size, offset, scale))
     return torch.empty((shape[0] + 31) // 32, row_bytes, dtype=torch.uint8, device=device)
 
 
@@ -109,21 +140,29 @@ def pack(
     codes: Tensor,
     scales: Tensor,
     offsets: Tensor | None,
-    bits: int,
-    group_size: int,
+    kind: str = "int4",
+    group_size: int = 32,
     offset: str = "none",
     source: str = "",
+    *,
+    columns: Tensor | None = None,
+    outlier_threshold: float = 0.0,
 ) -> QuantizedWeight:
-    """Pack unsigned ``codes`` uint8 (N, K), ``scales`` float32 (N, groups) and ``offsets`` (N, groups) (uint8
-    zero points, float32 minima). Scales and minima are stored in fp16 where that is exact for all of them,
-    else in fp32."""
-    exact = torch.equal(scales.half().float(), scales) and (
-        offset != "min" or torch.equal(offsets.half().float(), offsets)
+    """Pack ``codes`` uint8 (N, K), ``scales`` float32 (N, groups) and ``offsets`` (N, groups) (uint8 zero points,
+    float32 minima). ``kind`` is one of CODES but "bf16"; e4m3 codes are the bytes. Scales and minima are stored in
+    fp16 or bf16 where that is exact for all of them, else in fp32. See `QuantizedWeight` for ``columns`` and
+    ``outlier_threshold``. Raises ValueError for shapes and dtypes that disagree."""
+    values = [scales] if offset != "min" or offsets is None else [scales, offsets]
+    scale = next(
+        name for name, dtype in _SCALE_DTYPES.items() if all(torch.equal(v.to(dtype).float(), v) for v in values)
     )
-    scale_bits = 16 if exact else 32
     shape = (codes.shape[0], codes.shape[1])
-    packed = empty_packed(shape, bits, group_size, offset, scale_bits, "cpu")
-    weight = QuantizedWeight(packed, shape, bits, group_size, offset, scale_bits, source)
+    if columns is not None:
+        columns = columns.to(torch.int64).contiguous()
+        if columns.shape != shape[1:] or not torch.equal(columns.sort().values, torch.arange(shape[1])):
+            raise ValueError(f"pack: columns must be a permutation of {shape[1]} columns, got {tuple(columns.shape)}")
+    packed = empty_packed(shape, kind, group_size, offset, scale, "cpu")
+    weight = QuantizedWeight(packed, shape, kind, group_size, offset, scale, source, columns, outlier_threshold)
     _C.pack_codes(
         codes.contiguous(),
         scales.contiguous(),
@@ -134,13 +173,25 @@ def pack(
     return weight
 
 
-def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True) -> QuantizedWeight:
+def pack_bf16(w: Tensor, source: str = "") -> QuantizedWeight:
+    """A dense ``w`` (N, K), any float dtype, as the layout of bfloat16 that the kernels read."""
+    shape = (w.shape[0], w.shape[1])
+    packed = empty_packed(shape, "bf16", -1, "none", "none", "cpu")
+    weight = QuantizedWeight(packed, shape, "bf16", -1, "none", "none", source)
+    _C.pack_bf16(w.detach().bfloat16().contiguous(), packed, *weight.spec())
+    return weight
+
+
+def quantize_weight(
+    w: Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True, *, straight_through: bool = False
+) -> QuantizedWeight:
     """Quantise ``w`` (N, K) by rounding to nearest.
 
-    Each group of ``group_size`` (32, 64, 128, or -1 = a whole row) consecutive columns has one scale; the last
+    Each group of ``group_size`` (16, 32, 64, 128, or -1 = a whole row) consecutive columns has one scale; the last
     group of a row may be short. Symmetric: ``scale = max|w| / (2**(bits-1) - 1)``. Otherwise the range [min, max],
     widened to include 0, is spread over all codes with an integer zero point. Scales are rounded to fp16, where
-    all of a weight's scales are normal numbers there, before the codes are chosen.
+    all of a weight's scales are normal numbers there, before the codes are chosen. With ``straight_through``,
+    `quantized_linear` gives ``w`` the gradient that it would give its quantised value.
 
     Raises ValueError for other bits, group sizes, shapes, and for NaN or inf in ``w``.
     """
@@ -152,7 +203,7 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
         raise ValueError(f"quantize_weight: bits must be 4 or 8, got {bits!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"quantize_weight: group_size must be one of {GROUP_SIZES}, got {group_size!r}")
-    w = w.detach().float()
+    latent, w = w, w.detach().float()
     n, k = w.shape
     size = k if group_size == -1 else group_size
     groups = -(-k // size) if k else 0
@@ -181,4 +232,5 @@ def quantize_weight(w: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
         codes = (grouped / step).round_().clamp_(-reach, reach).add_(zero.unsqueeze(-1)).clamp_(0, top)
         zeros = zero.to(torch.uint8)
     codes = codes.to(torch.uint8).reshape(n, groups * size)[:, :k]
-    return pack(codes, scale, zeros, bits, group_size, "none" if symmetric else "zero")
+    weight = pack(codes, scale, zeros, f"int{bits}", group_size, "none" if symmetric else "zero")
+    return replace(weight, latent=latent) if straight_through else weight
