@@ -223,9 +223,9 @@ LINEAR = [
     *(LinearCase(f"{kind}_m{m}", m, 65, 160, kind=kind) for kind in ("Q4_0", "Q4_1", "Q8_0") for m in (1, 7, 25)),
     *(LinearCase(f"{kind}_g{g}_m{m}", m, 65, 304, group_size=g, kind=kind) for m in (1, 4, 14)
       for kind, g in (("int4", 16), ("int4_zero", 16), ("int4_min", 16), ("int5", 32), ("int5_min", 64),
-                      ("int5_zero", 16), ("int6", 16), ("int6_min", 32), ("int6_zero", -1), ("int8", 16), ("int8_min", 96),
-                      ("nf4", 64), ("fp4", 16), ("iq4_nl", 32), ("iq4_nl", 16), ("mxfp4", 32), ("e4m3", 128), ("e4m3", -1),
-                      ("bf16", -1))),
+                      ("int5_zero", 16), ("int6", 16), ("int6_min", 32), ("int6_zero", -1), ("int8", 16),
+                      ("int8_min", 96), ("nf4", 64), ("fp4", 16), ("iq4_nl", 32), ("iq4_nl", 16), ("mxfp4", 32),
+                      ("e4m3", 128), ("e4m3", -1), ("bf16", -1))),
     *(LinearCase(f"columns_{g}_m{m}", m, 40, 160, group_size=g, kind="columns") for g in (32, -1) for m in (1, 9)),
     *(LinearCase(f"outliers_m{m}", m, 70, 300, 8, -1, "outliers", torch.float32) for m in (1, 3, 14)),
     *(LinearCase(f"row_chunks_{bits}", 200, 40, 4128, bits, 128) for bits in (4, 8)),  # 96 rows a pass over K

@@ -134,9 +134,10 @@ struct LinearArgs {
   Rows out;
   Storage out_dtype = Storage::f32;
 };
-constexpr int64_t kPanelBytes = 16 << 10;  // decoded weights, in L1 beside what passes over them
-// One block of 32 outputs for rows [m_begin, m_end). panel: memory of this thread, kPanelBytes and 128 bytes
-// a row.
+constexpr int64_t kPanelBytes = 16 << 10;      // decoded weights, in L1 beside what passes over them
+constexpr int64_t kPanelScaleBytes = 8 << 10;  // their scales and offsets
+// One block of 32 outputs for rows [m_begin, m_end). panel: memory of this thread, kPanelBytes,
+// kPanelScaleBytes and 128 bytes a row.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
 // x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where

@@ -26,7 +26,7 @@ int64_t row_chunk(int64_t row_bytes) { return std::max<int64_t>(96, kRowsBytes /
 // Runs kernel over blocks x row chunks; chunks are the outer loop, so that threads share the rows in cache.
 void run(const LinearArgs& a, int64_t m, int64_t chunk, LinearKernel kernel) {
   const int64_t blocks = a.w.n_blocks(), chunks = (m + chunk - 1) / chunk;
-  const int64_t panel_bytes = kPanelBytes + std::min(m, chunk) * 128;
+  const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + std::min(m, chunk) * 128;
   const auto one = [&](int64_t block, int64_t c) {
     void* panel = scratch(Scratch::panel, panel_bytes);
     kernel(a, block, c * chunk, std::min(m, (c + 1) * chunk), panel);

@@ -88,8 +88,8 @@ TW_INLINE F dot(F acc, __m512i w, const uint16_t* x) {
 }
 
 // Blocks [first, last) of 32 k; steps_of(kb) reads one. kSteps: 8, or 4 with groups of 16.
-template <int MR, int kSteps, class StepsOf>
-void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t m, int64_t first,
+template <int MR, int kSteps, class Scales, class StepsOf>
+void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, int64_t m, int64_t first,
           int64_t last, F total[][2]) {
   constexpr int kParts = 8 / kSteps;
   const int64_t k_blocks = a.w.k_blocks();
@@ -101,8 +101,6 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
     sum[i][0] = total[i][0];
     sum[i][1] = total[i][1];
   }
-  int64_t group = b.group(first, 0);
-  int64_t left_in_group = b.blocks_per_group - first % b.blocks_per_group;
   for (int64_t kb = first; kb < last; ++kb) {
     auto steps = steps_of(kb);
     TW_UNROLL for (int part = 0; part < kParts; ++part) {
@@ -118,10 +116,10 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
           acc[i][1] = dot(dot(acc[i][1], high.even, four), high.odd, four + 2);
         }
       }
-      const F s0 = b.scale(group + part, kb, 0), s1 = b.scale(group + part, kb, 16);
+      const F s0 = scales.scale(kb, part, 0), s1 = scales.scale(kb, part, 16);
       const auto sum_of = [&](int i) { return sums[(i * k_blocks + kb) * kParts + part]; };
       if (offset == Offset::zero) {
-        const F z0 = to_float(b.zero_point(group + part, 0)), z1 = to_float(b.zero_point(group + part, 16));
+        const F z0 = to_float(scales.zero_point(kb, part, 0)), z1 = to_float(scales.zero_point(kb, part, 16));
         TW_UNROLL for (int i = 0; i < MR; ++i) {
           const F minus_sum = set1(-sum_of(i));
           acc[i][0] = fma(z0, minus_sum, acc[i][0]);
@@ -133,17 +131,13 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
         sum[i][1] = fma(acc[i][1], s1, sum[i][1]);
       }
       if (offset == Offset::min) {
-        const F m0 = b.minimum(group + part, kb, 0), m1 = b.minimum(group + part, kb, 16);
+        const F m0 = scales.minimum(kb, part, 0), m1 = scales.minimum(kb, part, 16);
         TW_UNROLL for (int i = 0; i < MR; ++i) {
           const F s = set1(sum_of(i));
           sum[i][0] = fma(m0, s, sum[i][0]);
           sum[i][1] = fma(m1, s, sum[i][1]);
         }
       }
-    }
-    if (--left_in_group == 0) {
-      group += kParts;
-      left_in_group = b.blocks_per_group;
     }
   }
   TW_UNROLL for (int i = 0; i < MR; ++i) {
@@ -158,7 +152,7 @@ void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int6
   in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     F acc[rows.n][2];
     for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-    tile<rows.n, kSteps>(a, b, steps_of, m, 0, a.w.k_blocks(), acc);
+    tile<rows.n, kSteps>(a, StoredScales{b}, steps_of, m, 0, a.w.k_blocks(), acc);
     for (int i = 0; i < rows.n; ++i) {
       store_outputs(a, block, 0, m + i, acc[i][0]);
       store_outputs(a, block, 16, m + i, acc[i][1]);
@@ -167,8 +161,8 @@ void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int6
 }
 
 template <int kSteps>
-void all_rows(const LinearArgs& a, const Block& b, const uint8_t* panel, int64_t first, int64_t last,
-              int64_t begin, int64_t end, float* totals) {
+void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, int64_t first,
+              int64_t last, int64_t begin, int64_t end, float* totals) {
   const auto steps_of = [=](int64_t kb) { return PanelSteps(panel, kb - first); };
   in_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
     float* at = totals + m * 32;
@@ -177,7 +171,7 @@ void all_rows(const LinearArgs& a, const Block& b, const uint8_t* panel, int64_t
       acc[i][0] = load(at + i * 32);
       acc[i][1] = load(at + i * 32 + 16);
     }
-    tile<rows.n, kSteps>(a, b, steps_of, begin + m, first, last, acc);
+    tile<rows.n, kSteps>(a, scales, steps_of, begin + m, first, last, acc);
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       store(at + i * 32, acc[i][0]);
       store(at + i * 32 + 16, acc[i][1]);
@@ -215,15 +209,16 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     constexpr int kMost = r == Read::nibbles || r == Read::bytes ? kRows : 1;
     if (m_count <= kMost) return few_rows<kMost, kSteps>(a, b, steps_of, block, m_begin, m_end);
   }
-  auto* totals = reinterpret_cast<float*>(panel + kPanelBytes);
+  auto* totals = reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes);
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
   for (int64_t first = 0; first < k_blocks; first += kSlab) {
     const int64_t last = first + kSlab < k_blocks ? first + kSlab : k_blocks;
+    const PanelScales scales(b, a.w.offset, first, last, panel);
     if constexpr (r == Read::bf16) {
-      all_rows<kSteps>(a, b, b.codes + first * 2048, first, last, m_begin, m_end, totals);
+      all_rows<kSteps>(a, scales, b.codes + first * 2048, first, last, m_begin, m_end, totals);
     } else {
       unpack<r>(b.codes, Decoder<r>(a.w), first, last, panel);
-      all_rows<kSteps>(a, b, panel, first, last, m_begin, m_end, totals);
+      all_rows<kSteps>(a, scales, panel, first, last, m_begin, m_end, totals);
     }
   }
   for (int64_t m = 0; m < m_count; ++m)

@@ -89,22 +89,24 @@ struct PanelSteps {
 };
 
 // The zero points of a pair of vectors, as floats: implicit, or per row; 0 with minima.
-TW_INLINE void zero_points(const Block& b, const PackedWeight& w, int64_t group, int pair, F out[2]) {
+template <class Scales>
+TW_INLINE void zero_points(const Scales& scales, const PackedWeight& w, int64_t kb, int part, int pair,
+                           F out[2]) {
   TW_UNROLL for (int half = 0; half < 2; ++half) {
     if (w.offset == Offset::zero)
-      out[half] = to_float(b.zero_point(group, pair_row(pair, half)));
+      out[half] = to_float(scales.zero_point(kb, part, pair_row(pair, half)));
     else
       out[half] = set1(w.offset == Offset::none ? float(1 << (w.bits() - 1)) : 0.0f);
   }
 }
 
 // Adds columns [first * 32, last * 32) of x times the block to totals, [MR][32].
-template <int MR, class StepsOf>
-void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t m, int64_t first,
+template <int MR, class Scales, class StepsOf>
+void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, int64_t m, int64_t first,
           int64_t last, float* totals) {
   const int64_t k_blocks = a.w.k_blocks();
   const float* x = static_cast<const float*>(a.x) + m * k_blocks * 32;
-  const int parts = b.parts;
+  const int parts = int(a.w.parts());
   const float* sums = a.sums + m * k_blocks * parts;
   const bool correct = a.w.codes == Codes::int4 && a.w.offset != Offset::min;
   for (int pair = 0; pair < kPairs; ++pair) {
@@ -117,9 +119,8 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
     for (int64_t kb = first; kb < last; ++kb) {
       auto steps = steps_of(kb, pair);
       for (int part = 0; part < parts; ++part) {
-        const int64_t group = b.group(kb, part);
         F zeros[2];
-        zero_points(b, a.w, group, pair, zeros);
+        zero_points(scales, a.w, kb, part, pair, zeros);
         F dot[MR][2];
         TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = zero();
         for (int step = part * 8 / parts; step < (part + 1) * 8 / parts; ++step) {
@@ -133,7 +134,7 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
             }
           }
         }
-        const F s0 = b.scale(group, kb, r0), s1 = b.scale(group, kb, r1);
+        const F s0 = scales.scale(kb, part, r0), s1 = scales.scale(kb, part, r1);
         const auto sum_of = [&](int i) { return sums[(i * k_blocks + kb) * parts + part]; };
         TW_UNROLL for (int i = 0; i < MR; ++i) {
           if (correct) {
@@ -145,7 +146,7 @@ void tile(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t 
           total[i][1] = fma(dot[i][1], s1, total[i][1]);
         }
         if (a.w.offset == Offset::min) {
-          const F m0 = b.minimum(group, kb, r0), m1 = b.minimum(group, kb, r1);
+          const F m0 = scales.minimum(kb, part, r0), m1 = scales.minimum(kb, part, r1);
           TW_UNROLL for (int i = 0; i < MR; ++i) {
             const F s = set1(sum_of(i));
             total[i][0] = fma(m0, s, total[i][0]);
@@ -177,14 +178,15 @@ void with_steps(const LinearArgs& a, const Block& b, Fn&& f) {
 }
 
 template <class StepsOf>
-void fill_panel(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t first, int64_t last,
-                float* panel) {
+void fill_panel(const LinearArgs& a, const PanelScales& scales, const StepsOf& steps_of, int64_t first,
+                int64_t last, float* panel) {
   for (int64_t kb = first; kb < last; ++kb)
     for (int pair = 0; pair < kPairs; ++pair) {
       auto steps = steps_of(kb, pair);
       F zeros[2] = {zero(), zero()};
       for (int step = 0; step < 8; ++step) {
-        if (step % (8 / b.parts) == 0) zero_points(b, a.w, b.group(kb, step * b.parts / 8), pair, zeros);
+        if (step % (8 / scales.parts) == 0)
+          zero_points(scales, a.w, kb, step * scales.parts / 8, pair, zeros);
         F w[4][2];
         steps.step(step, zeros, w);
         float* p = panel + ((kb - first) * 8 + step) * 128;
@@ -232,22 +234,23 @@ void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t block, int64_t m_begin, 
   const Block b(a.w, block);
   const int64_t k_blocks = a.w.k_blocks(), m_count = m_end - m_begin;
   float* weights = static_cast<float*>(panel);
-  float* totals = weights + kPanelBytes / 4;
+  float* totals = weights + (kPanelBytes + kPanelScaleBytes) / 4;
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
   with_steps(a, b, [&](const auto& steps_of, auto as) {
     constexpr bool kPlain = as.read == Read::nibbles || as.read == Read::bytes;  // worth a tile of their own
-    if (m_count == 1) return tile<1>(a, b, steps_of, m_begin, 0, k_blocks, totals);
+    if (m_count == 1) return tile<1>(a, StoredScales{b}, steps_of, m_begin, 0, k_blocks, totals);
     if constexpr (kPlain)
       if (m_count < kPanelFrom)
         return in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
-          tile<rows.n>(a, b, steps_of, m_begin + m, 0, k_blocks, totals + m * 32);
+          tile<rows.n>(a, StoredScales{b}, steps_of, m_begin + m, 0, k_blocks, totals + m * 32);
         });
     for (int64_t kb = 0; kb < k_blocks; kb += kPanelBlocks) {
       const int64_t last = kb + kPanelBlocks < k_blocks ? kb + kPanelBlocks : k_blocks;
-      fill_panel(a, b, steps_of, kb, last, weights);
+      const PanelScales scales(b, a.w.offset, kb, last, static_cast<uint8_t*>(panel));
+      fill_panel(a, scales, steps_of, kb, last, weights);
       const auto panel_of = [&](int64_t i, int pair) { return PanelSteps{weights + (i - kb) * 1024, pair}; };
       in_tiles<kRows>(0, m_count, [&](int64_t m, auto rows) {
-        tile<rows.n>(a, b, panel_of, m_begin + m, kb, last, totals + m * 32);
+        tile<rows.n>(a, scales, panel_of, m_begin + m, kb, last, totals + m * 32);
       });
     }
   });

@@ -31,15 +31,18 @@ constexpr int64_t kSlab = kPanelBytes / 1024;  // blocks of 32 k
 struct Slab {
   const uint8_t* codes;
   int64_t first, last;
+  const uint8_t* next = nullptr;  // stored codes to prefetch, next_bytes a block of 32 k
+  int next_bytes = 0;
 };
 
-template <int MR>
-TW_INLINE void start_dots(const LinearArgs& a, const Block& b, const int32_t* correction, int64_t group,
-                          int pair, I dot[MR][2]) {
+template <int MR, class Scales>
+TW_INLINE void start_dots(const LinearArgs& a, const Scales& scales, const int32_t* correction, int64_t kb,
+                          int part, int pair, I dot[MR][2]) {
   if (a.w.offset == Offset::none) {
     TW_UNROLL for (int i = 0; i < MR; ++i) dot[i][0] = dot[i][1] = iset1(correction[i * a.runs]);
   } else if (a.w.offset == Offset::zero) {
-    const I z0 = b.zero_point(group, pair_row(pair, 0)), z1 = b.zero_point(group, pair_row(pair, 1));
+    const I z0 = scales.zero_point(kb, part, pair_row(pair, 0)),
+            z1 = scales.zero_point(kb, part, pair_row(pair, 1));
     TW_UNROLL for (int i = 0; i < MR; ++i) {
       const I c = iset1(correction[i * a.runs]);
       dot[i][0] = imul(z0, c);
@@ -50,18 +53,19 @@ TW_INLINE void start_dots(const LinearArgs& a, const Block& b, const int32_t* co
   }
 }
 
-template <int MR>
-TW_INLINE void add_scaled(const LinearArgs& a, const Block& b, const int32_t* correction, const float* sx,
-                          int64_t group, int64_t kb, int pair, const I dot[MR][2], F sum[MR][2]) {
+template <int MR, class Scales>
+TW_INLINE void add_scaled(const LinearArgs& a, const Scales& scales, const int32_t* correction,
+                          const float* sx, int64_t kb, int part, int pair, const I dot[MR][2], F sum[MR][2]) {
   const int64_t k_blocks = a.w.k_blocks();
-  const F s0 = b.scale(group, kb, pair_row(pair, 0)), s1 = b.scale(group, kb, pair_row(pair, 1));
+  const int r0 = pair_row(pair, 0), r1 = pair_row(pair, 1);
+  const F s0 = scales.scale(kb, part, r0), s1 = scales.scale(kb, part, r1);
   TW_UNROLL for (int i = 0; i < MR; ++i) {
     const F s = set1(sx[i * k_blocks + kb]);
     sum[i][0] = fma(to_float(dot[i][0]), mul(s0, s), sum[i][0]);
     sum[i][1] = fma(to_float(dot[i][1]), mul(s1, s), sum[i][1]);
   }
   if (a.w.offset == Offset::min) {
-    const F m0 = b.minimum(group, kb, pair_row(pair, 0)), m1 = b.minimum(group, kb, pair_row(pair, 1));
+    const F m0 = scales.minimum(kb, part, r0), m1 = scales.minimum(kb, part, r1);
     TW_UNROLL for (int i = 0; i < MR; ++i) {
       const F c = set1(bits_to_float(uint32_t(correction[i * a.runs])));
       sum[i][0] = fma(m0, c, sum[i][0]);
@@ -70,61 +74,75 @@ TW_INLINE void add_scaled(const LinearArgs& a, const Block& b, const int32_t* co
   }
 }
 
-// kBits: 4 if no code exceeds 15. kSteps: 8, or 4 with groups of 16.
+// kSteps steps of one block of 32 k, from `first` on.
 template <Read r, int kBits, int MR, int kSteps>
-void tile(const LinearArgs& a, const Block& b, const Slab& slab, Bytes16 table, int pair, int64_t m,
-          F total[][2]) {
+TW_INLINE void add_dots(StepReader<r>& reader, Bytes16 table, const int8_t* x, int64_t x_stride, int first,
+                        I dot[MR][2]) {
   using D = Dot<kBits>;
-  const int64_t k_blocks = a.w.k_blocks();
-  const int8_t* x = a.codes + m * k_blocks * 32;
+  typename D::Acc acc[MR][2];
+  TW_UNROLL for (int i = 0; i < MR; ++i) {
+    acc[i][0] = D::start(dot[i][0]);
+    acc[i][1] = D::start(dot[i][1]);
+  }
+  TW_UNROLL for (int s = 0; s < kSteps; ++s) {
+    I w0, w1;
+    reader.step(first + s, w0, w1);
+    if constexpr (r == Read::table) {
+      w0 = lookup_bytes(table, w0);
+      w1 = lookup_bytes(table, w1);
+    }
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      const int8_t* four = x + i * x_stride + (first + s) * 4;
+      acc[i][0] = D::step(acc[i][0], w0, four);
+      acc[i][1] = D::step(acc[i][1], w1, four);
+    }
+  }
+  TW_UNROLL for (int i = 0; i < MR; ++i) {
+    dot[i][0] = D::finish(acc[i][0], dot[i][0]);
+    dot[i][1] = D::finish(acc[i][1], dot[i][1]);
+  }
+}
+
+// How long runs are: half a block of 32 k, one, or several.
+enum class Run { half, one, several };
+
+// kBits: 4 if no code exceeds 15.
+template <Read r, int kBits, int MR, Run length, class Scales>
+void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 table, int pair, int64_t m,
+          F total[][2]) {
+  const int64_t k_blocks = a.w.k_blocks(), x_stride = k_blocks * 32;
+  const int8_t* x = a.codes + m * x_stride;
   const float* sx = a.scales + m * k_blocks;
-  const int64_t run = kSteps == 8 ? a.run / 32 : 1;
-  const int32_t* correction = a.corrections + m * a.runs + slab.first / run * (8 / kSteps);
+  const int64_t run = length == Run::several ? a.run / 32 : 1;
+  const int32_t* correction = a.corrections + m * a.runs + slab.first / run * (length == Run::half ? 2 : 1);
   F sum[MR][2];
   TW_UNROLL for (int i = 0; i < MR; ++i) {
     sum[i][0] = total[i][0];
     sum[i][1] = total[i][1];
   }
-  int64_t group = b.group(slab.first, 0);
-  int64_t left_in_group = b.blocks_per_group - slab.first % b.blocks_per_group;
+  const uint8_t* ahead = slab.next;
+  const int ahead_bytes = slab.next_bytes;
   for (int64_t kb = slab.first; kb < slab.last;) {
-    const int64_t end = kb + run < slab.last ? kb + run : slab.last, begin = kb;
+    for (int i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    ahead += ahead_bytes;
     I dot[MR][2];
-    for (; kb < end; ++kb) {
+    if constexpr (length == Run::half) {
       StepReader<r> reader(slab.codes, kb - slab.first, pair);
-      TW_UNROLL for (int part = 0; part < 8 / kSteps; ++part) {
-        if (kSteps == 4 || kb == begin) start_dots<MR>(a, b, correction, group + part, pair, dot);
-        typename D::Acc acc[MR][2];
-        TW_UNROLL for (int i = 0; i < MR; ++i) {
-          acc[i][0] = D::start(dot[i][0]);
-          acc[i][1] = D::start(dot[i][1]);
-        }
-        TW_UNROLL for (int s = 0; s < kSteps; ++s) {
-          const int step = part * kSteps + s;
-          I w0, w1;
-          reader.step(step, w0, w1);
-          if constexpr (r == Read::table) {
-            w0 = lookup_bytes(table, w0);
-            w1 = lookup_bytes(table, w1);
-          }
-          TW_UNROLL for (int i = 0; i < MR; ++i) {
-            const int8_t* four = x + (i * k_blocks + kb) * 32 + step * 4;
-            acc[i][0] = D::step(acc[i][0], w0, four);
-            acc[i][1] = D::step(acc[i][1], w1, four);
-          }
-        }
-        TW_UNROLL for (int i = 0; i < MR; ++i) {
-          dot[i][0] = D::finish(acc[i][0], dot[i][0]);
-          dot[i][1] = D::finish(acc[i][1], dot[i][1]);
-        }
-        if (kSteps == 4) add_scaled<MR>(a, b, correction++, sx, group + part, kb, pair, dot, sum);
+      TW_UNROLL for (int part = 0; part < 2; ++part) {
+        start_dots<MR>(a, scales, correction, kb, part, pair, dot);
+        add_dots<r, kBits, MR, 4>(reader, table, x + kb * 32, x_stride, part * 4, dot);
+        add_scaled<MR>(a, scales, correction++, sx, kb, part, pair, dot, sum);
       }
-    }
-    if (kSteps == 8) add_scaled<MR>(a, b, correction++, sx, group, begin, pair, dot, sum);
-    left_in_group -= end - begin;
-    if (left_in_group == 0) {
-      group += 8 / kSteps;
-      left_in_group = b.blocks_per_group;
+      ++kb;
+    } else {
+      const int64_t begin = kb, end = kb + run < slab.last ? kb + run : slab.last;
+      start_dots<MR>(a, scales, correction, begin, 0, pair, dot);
+      do {
+        StepReader<r> reader(slab.codes, kb - slab.first, pair);
+        add_dots<r, kBits, MR, 8>(reader, table, x + kb * 32, x_stride, 0, dot);
+        ++kb;
+      } while (length == Run::several && kb < end);
+      add_scaled<MR>(a, scales, correction++, sx, begin, 0, pair, dot, sum);
     }
   }
   TW_UNROLL for (int i = 0; i < MR; ++i) {
@@ -134,7 +152,7 @@ void tile(const LinearArgs& a, const Block& b, const Slab& slab, Bytes16 table, 
 }
 
 // Few rows: all of k in one go, codes decoded in registers.
-template <Read r, int kMost, int kSteps>
+template <Read r, int kMost, Run length>
 void few_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t begin, int64_t end) {
   const ByteTable values(a.w);
   const Bytes16 table = load_bytes16(values.bytes);
@@ -142,8 +160,8 @@ void few_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t begin,
     for (int pair = 0; pair < kPairs; ++pair) {
       F acc[rows.n][2];
       for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-      tile<r, r == Read::nibbles ? 4 : 8, rows.n, kSteps>(a, b, {b.codes, 0, a.w.k_blocks()}, table, pair, m,
-                                                          acc);
+      const Slab all{b.codes, 0, a.w.k_blocks()};
+      tile<r, r == Read::nibbles ? 4 : 8, rows.n, length>(a, StoredScales{b}, all, table, pair, m, acc);
       for (int i = 0; i < rows.n; ++i) {
         store_outputs(a, block, pair_row(pair, 0), m + i, acc[i][0]);
         store_outputs(a, block, pair_row(pair, 1), m + i, acc[i][1]);
@@ -172,10 +190,10 @@ void unpack(const PackedWeight& w, const uint8_t* codes, int64_t first, int64_t 
     }
 }
 
-template <int kBits, int kSteps>
-void all_rows(const LinearArgs& a, const Block& b, const Slab& slab, int64_t begin, int64_t end,
+template <int kBits, Run length>
+void all_rows(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t begin, int64_t end,
               float* totals) {
-  in_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
+  in_even_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
     for (int pair = 0; pair < kPairs; ++pair) {
       float* at = totals + m * 32;
       const int r0 = pair_row(pair, 0), r1 = pair_row(pair, 1);
@@ -184,7 +202,9 @@ void all_rows(const LinearArgs& a, const Block& b, const Slab& slab, int64_t beg
         acc[i][0] = load(at + i * 32 + r0);
         acc[i][1] = load(at + i * 32 + r1);
       }
-      tile<Read::bytes, kBits, rows.n, kSteps>(a, b, slab, Bytes16{}, pair, begin + m, acc);
+      Slab now = slab;
+      if (m > 0 || pair > 0) now.next_bytes = 0;  // once is enough
+      tile<Read::bytes, kBits, rows.n, length>(a, scales, now, Bytes16{}, pair, begin + m, acc);
       TW_UNROLL for (int i = 0; i < rows.n; ++i) {
         store(at + i * 32 + r0, acc[i][0]);
         store(at + i * 32 + r1, acc[i][1]);
@@ -193,22 +213,32 @@ void all_rows(const LinearArgs& a, const Block& b, const Slab& slab, int64_t beg
   });
 }
 
-template <Read r, int kSteps>
+// Only the 16-bit sums of AVX2 gain from codes of 4 bits; elsewhere a panel is a panel.
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
+constexpr int kPanelBits = 4;
+#else
+constexpr int kPanelBits = 8;
+#endif
+
+template <Read r, Run length>
 void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
   const Block b(a.w, block);
   const int64_t m_count = m_end - m_begin, k_blocks = a.w.k_blocks();
-  constexpr bool kPlain = r == Read::nibbles || r == Read::bytes;  // worth a tile of their own
-  if (m_count == 1) return few_rows<r, 1, kSteps>(a, b, block, m_begin, m_end);
-  if constexpr (kPlain)
-    if (m_count < kUnpackFrom) return few_rows<r, kRows, kSteps>(a, b, block, m_begin, m_end);
-  auto* totals = reinterpret_cast<float*>(panel + kPanelBytes);
+  if (m_count == 1) return few_rows<r, 1, length>(a, b, block, m_begin, m_end);
+  if constexpr (r == Read::nibbles && length == Run::one)  // the common case is worth tiles of its own
+    if (m_count < kUnpackFrom) return few_rows<r, kRows, length>(a, b, block, m_begin, m_end);
+  auto* totals = reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes);
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
-  const int64_t run_blocks = kSteps == 8 ? a.run / 32 : 1, slab_blocks = kSlab / run_blocks * run_blocks;
+  const int64_t run_blocks = length == Run::several ? a.run / 32 : 1,
+                slab_blocks = kSlab / run_blocks * run_blocks;
   for (int64_t first = 0; first < k_blocks; first += slab_blocks) {
     const int64_t last = first + slab_blocks < k_blocks ? first + slab_blocks : k_blocks;
     const uint8_t* codes = r == Read::bytes ? b.codes + first * 1024 : panel;
     if constexpr (r != Read::bytes) unpack<r>(a.w, b.codes, first, last, panel);
-    all_rows<r == Read::nibbles ? 4 : 8, kSteps>(a, b, {codes, first, last}, m_begin, m_end, totals);
+    const PanelScales scales(b, a.w.offset, first, last, panel);
+    const uint8_t* next = b.codes + last * code_block_bytes(r);
+    const Slab slab{codes, first, last, next, last < k_blocks ? code_block_bytes(r) : 0};
+    all_rows<r == Read::nibbles ? kPanelBits : 8, length>(a, scales, slab, m_begin, m_end, totals);
   }
   for (int64_t m = 0; m < m_count; ++m)
     for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
@@ -289,9 +319,11 @@ void TW_KERNEL(linear_int8)(const LinearArgs& a, int64_t block, int64_t m_begin,
   with_read<false>(a.w, [&](auto as) {
     auto* bytes = static_cast<uint8_t*>(panel);
     if (a.run == 16)
-      run<as.read, 4>(a, block, m_begin, m_end, bytes);
+      run<as.read, Run::half>(a, block, m_begin, m_end, bytes);
+    else if (a.run == 32)
+      run<as.read, Run::one>(a, block, m_begin, m_end, bytes);
     else
-      run<as.read, 8>(a, block, m_begin, m_end, bytes);
+      run<as.read, Run::several>(a, block, m_begin, m_end, bytes);
   });
 }
 

@@ -103,7 +103,9 @@ struct Block {
   }
   // Of part `part` of block kb of 32 k.
   TW_INLINE int64_t group(int64_t kb, int part) const {
-    return parts == 2 ? kb * 2 + part : blocks_per_group == 1 ? kb : kb / blocks_per_group;
+    return parts == 2              ? kb * 2 + part
+           : blocks_per_group == 1 ? kb
+                                   : uint32_t(kb) / uint32_t(blocks_per_group);
   }
   TW_INLINE F values(const uint8_t* p, int64_t group, int64_t kb, int row, const uint8_t* super) const {
     const int64_t at = group * 32 + row;
@@ -130,6 +132,52 @@ struct Block {
   }
   TW_INLINE I zero_point(int64_t group, int row) const { return load_u8(offsets + group * 32 + row); }
 };
+
+// Scales and offsets where a tile wants them: of part `part` of block kb, W rows from `row` on. As they are
+// stored, for tiles that pass over a weight once, ...
+struct StoredScales {
+  const Block& block;
+  TW_INLINE F scale(int64_t kb, int part, int row) const {
+    return block.scale(block.group(kb, part), kb, row);
+  }
+  TW_INLINE F minimum(int64_t kb, int part, int row) const {
+    return block.minimum(block.group(kb, part), kb, row);
+  }
+  TW_INLINE I zero_point(int64_t kb, int part, int row) const {
+    return block.zero_point(block.group(kb, part), row);
+  }
+};
+// ... and decoded with the codes of a slab, for those that share a panel.
+struct PanelScales {
+  const float *scales, *offsets;  // [block][part][32 rows]; zero points are int32
+  int64_t first;                  // block
+  int parts;
+
+  // For blocks [first, last) of at most kPanelBlocks, into the memory after a panel of kPanelBytes.
+  static constexpr int64_t kPanelBlocks = 16;
+  TW_INLINE PanelScales(const Block& b, Offset offset, int64_t first, int64_t last, uint8_t* panel)
+      : first(first), parts(b.parts) {
+    auto* s = reinterpret_cast<float*>(panel + kPanelBytes);
+    float* o = s + kPanelBlocks * 2 * 32;
+    scales = s;
+    offsets = o;
+    for (int64_t kb = first; kb < last; ++kb)
+      for (int part = 0; part < parts; ++part)
+        for (int row = 0; row < 32; row += W, s += W, o += W) {
+          const int64_t group = b.group(kb, part);
+          store(s, b.scale(group, kb, row));
+          if (offset == Offset::min) store(o, b.minimum(group, kb, row));
+          if (offset == Offset::zero) istore(o, b.zero_point(group, row));
+        }
+  }
+  TW_INLINE int64_t at(int64_t kb, int part, int row) const {
+    return ((kb - first) * parts + part) * 32 + row;
+  }
+  TW_INLINE F scale(int64_t kb, int part, int row) const { return load(scales + at(kb, part, row)); }
+  TW_INLINE F minimum(int64_t kb, int part, int row) const { return load(offsets + at(kb, part, row)); }
+  TW_INLINE I zero_point(int64_t kb, int part, int row) const { return iload(offsets + at(kb, part, row)); }
+};
+static_assert(kPanelScaleBytes == PanelScales::kPanelBlocks * 2 * 32 * 4 * 2);
 
 // The codes of 32 k of a pair of vectors, one step of 4 after the other: 4 bytes a lane, a lane a row. Codes
 // of a table come as they are stored.

@@ -37,5 +37,21 @@ TW_INLINE void in_tiles(int64_t begin, int64_t end, Fn&& f) {
   }
 }
 
+// Calls f(Count<n>{}) for n in [1, kMost].
+template <int kMost, class Fn>
+TW_INLINE void with_count(int64_t n, Fn&& f) {
+  if (n == kMost) return f(Count<kMost>{});
+  if constexpr (kMost > 1) with_count<kMost - 1>(n, f);
+}
+// As in_tiles, with tiles as even as they can be: 4 and 4 for 8 rows, not 6 and 2.
+template <int kMost, class Fn>
+TW_INLINE void in_even_tiles(int64_t begin, int64_t end, Fn&& f) {
+  for (int64_t left = (end - begin + kMost - 1) / kMost; left > 0; --left) {
+    const int64_t n = (end - begin + left - 1) / left;
+    with_count<kMost>(n, [&](auto rows) { f(begin, rows); });
+    begin += n;
+  }
+}
+
 }  // namespace
 }  // namespace tilewright
