@@ -89,8 +89,8 @@ TW_INLINE F dot(F acc, __m512i w, const uint16_t* x) {
 
 // Blocks [first, last) of 32 k; steps_of(kb) reads one. kSteps: 8, or 4 with groups of 16.
 template <int MR, int kSteps, class Scales, class StepsOf>
-void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, int64_t m, int64_t first,
-          int64_t last, F total[][2]) {
+void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Prefetch prefetch, int64_t m,
+          int64_t first, int64_t last, F total[][2]) {
   constexpr int kParts = 8 / kSteps;
   const int64_t k_blocks = a.w.k_blocks();
   const auto* x = static_cast<const uint16_t*>(a.x) + m * k_blocks * 32;
@@ -102,6 +102,7 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, in
     sum[i][1] = total[i][1];
   }
   for (int64_t kb = first; kb < last; ++kb) {
+    prefetch.next();
     auto steps = steps_of(kb);
     TW_UNROLL for (int part = 0; part < kParts; ++part) {
       F acc[MR][2];
@@ -149,10 +150,12 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, in
 template <int kMost, int kSteps, class StepsOf>
 void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t block, int64_t begin,
               int64_t end) {
+  const int bytes = a.w.bits() * 128;  // of 32 k
   in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     F acc[rows.n][2];
     for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-    tile<rows.n, kSteps>(a, StoredScales{b}, steps_of, m, 0, a.w.k_blocks(), acc);
+    tile<rows.n, kSteps>(a, StoredScales{b}, steps_of, {b.codes + Prefetch::kDistance, bytes}, m, 0,
+                         a.w.k_blocks(), acc);
     for (int i = 0; i < rows.n; ++i) {
       store_outputs(a, block, 0, m + i, acc[i][0]);
       store_outputs(a, block, 16, m + i, acc[i][1]);
@@ -164,14 +167,14 @@ template <int kSteps>
 void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, int64_t first,
               int64_t last, int64_t begin, int64_t end, float* totals) {
   const auto steps_of = [=](int64_t kb) { return PanelSteps(panel, kb - first); };
-  in_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
+  in_even_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
     float* at = totals + m * 32;
     F acc[rows.n][2];
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       acc[i][0] = load(at + i * 32);
       acc[i][1] = load(at + i * 32 + 16);
     }
-    tile<rows.n, kSteps>(a, scales, steps_of, begin + m, first, last, acc);
+    tile<rows.n, kSteps>(a, scales, steps_of, {}, begin + m, first, last, acc);
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       store(at + i * 32, acc[i][0]);
       store(at + i * 32 + 16, acc[i][1]);
