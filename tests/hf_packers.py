@@ -52,19 +52,21 @@ def gptq(
     bits: int = 4,
     group: int = 32,
     *,
-    act_order: bool = False,
+    act_order: bool | int = False,
     version: int = 1,
     symmetric: bool = False,
     largest_zero: bool = False,
     scale: torch.dtype = torch.float16,
 ) -> Stored:
-    """AutoGPTQ's layout: codes packed along K, zero points along N, in version 1 less one."""
+    """AutoGPTQ's layout: codes packed along K, zero points along N, in version 1 less one. act_order: True, or a seed
+    that gives matrices the same order."""
     group = k if group == -1 else group
     groups = -(-k // group)
     g_idx = np.arange(k) // group
     if act_order:
         # The tools take the columns by importance and give every `group` of them the next index.
-        g_idx[rng.permutation(k)] = np.arange(k) // group
+        order = rng if act_order is True else np.random.default_rng(act_order)
+        g_idx[order.permutation(k)] = np.arange(k) // group
     codes = rng.integers(0, 2**bits, (k, n))
     zeros = rng.integers(version == 1, 2**bits, (groups, n))
     if largest_zero:
@@ -83,7 +85,7 @@ def gptq(
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group,
-        "desc_act": act_order,
+        "desc_act": bool(act_order),
         "sym": symmetric,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
