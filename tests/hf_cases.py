@@ -42,7 +42,9 @@ def convert(stored: Stored) -> QuantizedWeight:
 
 def hqq_meta(t: dict[str, Tensor]) -> dict[str, Any]:
     plain = {name: t[name].tolist() for name in ("axis", "shape", "group_size") if t.get(name) is not None}
-    packing = None if t["packing"] is None else bytes(t["packing"].reshape(-1).tolist()).decode("latin-1")
+    packing = (
+        None if t["packing"] is None else bytes(t["packing"].reshape(-1).view(torch.uint8).numpy()).decode("latin-1")
+    )
     return {**plain, "packing": packing, "scale": t["scale"], "zero": t["zero"]}
 
 

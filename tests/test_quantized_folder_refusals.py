@@ -58,6 +58,12 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("awq", {}, {"version": "gemv"}, "?quantization_config.version: 'gemv' is not supported"),
     ("awq", {}, {"bits": 8}, "?quantization_config.bits: 8 is not supported"),
     ("awq", {}, {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert: expected a list of strings"),
+    (
+        "awq",
+        {},
+        {"modules_to_not_convert": ["down_proj"]},
+        r"expected modules that are not quantised \(model.layers.0.mlp.do",
+    ),
     ("awq", {}, {"modules_to_not_convert": ["*"]}, "modules_to_not_convert: expected regular expressions"),
     ("awq", without("scales"), {}, r"down_proj\.scales: expected this tensor"),
     ("llm-int8", without("SCB"), {}, r"down_proj\.SCB: expected this tensor"),

@@ -94,7 +94,10 @@ def test_formats_that_differ_stay_side_by_side(tmp_path: Path) -> None:
 )
 def test_modules_that_are_not_quantised(maker: Maker, key: str, tmp_path: Path) -> None:
     reference = quantise(tmp_path, maker, dense=("lm_head", "layers.1.mlp.down_proj", "v_proj"))
-    edit(tmp_path, **{key: ["lm_head", DOWN, "re:.*v_proj" if key == "ignore" else "v_proj"]})
+    # "mlp.gate" is no part of "mlp.gate_proj".
+    edit(
+        tmp_path, **{key: ["lm_head", DOWN, "model.layers.0.mlp.gate", "re:.*v_proj" if key == "ignore" else "v_proj"]}
+    )
     model = assert_same_logits(tmp_path, reference)
     assert isinstance(model.layers[1].down, DenseLinear)
     assert isinstance(model.layers[0].down, QuantizedLinear)
