@@ -1,4 +1,4 @@
-"""Cases of every Hugging Face format, and the converter for each."""
+"""Cases of every Hugging Face format, the converter for each, and ways to break their tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hf_packers as packers
 import numpy as np
 import torch
 from hf_packers import Stored
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tilewright import quant
@@ -152,3 +153,30 @@ CASES: dict[str, tuple[Callable[..., Stored], tuple[int, int], str, float]] = {
 def make(name: str) -> Stored:
     maker, shape, _, _ = CASES[name]
     return maker(np.random.default_rng(sum(name.encode())), *shape)
+
+
+# How to break a tensor: which of several, what to do with it, and a number for that.
+KINDS = ("drop", "short", "wide", "flat", "dtype", "number", "empty", "turn")
+MUTATIONS = st.tuples(st.integers(0, 30), st.sampled_from(KINDS), st.integers(0, 2**32 - 1))
+DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
+
+
+def mutated(t: Tensor | None, kind: str, number: int) -> Tensor | None:
+    if kind == "drop" or t is None:
+        return None
+    if kind == "short" and t.dim():
+        return t[: max(len(t) - 1 - number % 3, 0)]
+    if kind == "wide":
+        return torch.cat([t, t]) if t.dim() else t.reshape(1)
+    if kind == "flat":
+        return t.reshape(-1)
+    if kind == "dtype":
+        dtype = DTYPES[number % len(DTYPES)]
+        return t.to(dtype) if t.dtype.itemsize != dtype.itemsize else t.view(dtype)
+    if kind == "number" and t.numel():
+        raw = t.clone().reshape(-1).view(torch.uint8)
+        raw[number % raw.numel()] = number >> 24
+        return raw.view(t.dtype).view(t.shape)
+    if kind == "empty":
+        return t.new_empty((0,) * max(t.dim(), 1))
+    return t.t() if kind == "turn" and t.dim() == 2 else t

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import CASES, convert, make
+from hf_cases import CASES, MUTATIONS, convert, make, mutated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tilewright import quant
 
@@ -188,11 +187,6 @@ def test_refuses_arguments() -> None:
         quant.from_fp8(torch.zeros(32, 96).to(torch.float8_e4m3fn), torch.ones(1, 4), (32, 24))
 
 
-KINDS = ("drop", "short", "wide", "flat", "dtype", "number", "empty", "turn")
-MUTATIONS = st.tuples(st.integers(0, 30), st.sampled_from(KINDS), st.integers(0, 2**32 - 1))
-DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
-
-
 @given(
     st.sampled_from([name for name in CASES if CASES[name][1][1] < 1000]), st.lists(MUTATIONS, min_size=1, max_size=3)
 )
@@ -209,24 +203,3 @@ def test_broken_tensors_never_crash(name: str, mutations: list[tuple[int, str, i
         assert "from_" in str(error)
         return
     assert weight.dequantize().shape == weight.shape
-
-
-def mutated(t: Tensor | None, kind: str, number: int) -> Tensor | None:
-    if kind == "drop" or t is None:
-        return None
-    if kind == "short" and t.dim():
-        return t[: max(len(t) - 1 - number % 3, 0)]
-    if kind == "wide":
-        return torch.cat([t, t]) if t.dim() else t.reshape(1)
-    if kind == "flat":
-        return t.reshape(-1)
-    if kind == "dtype":
-        dtype = DTYPES[number % len(DTYPES)]
-        return t.to(dtype) if t.dtype.itemsize != dtype.itemsize else t.view(dtype)
-    if kind == "number" and t.numel():
-        raw = t.clone().reshape(-1).view(torch.uint8)
-        raw[number % raw.numel()] = number >> 24
-        return raw.view(t.dtype).view(t.shape)
-    if kind == "empty":
-        return t.new_empty((0,) * max(t.dim(), 1))
-    return t.t() if kind == "turn" and t.dim() == 2 else t

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hf_cases import MUTATIONS, mutated
 from hf_folders import DOWN, FOLDERS, edit, quantise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import edit_config, one_thread  # noqa: F401  (a fixture)
 from torch import Tensor
 
 from tilewright import AutoModelForCausalLM
 from tilewright.io.errors import FormatError
+from tilewright.models.sources import FolderSource
 
 
 def first(change: Callable[[Tensor], Tensor], part: str) -> dict[str, Any]:
@@ -147,3 +153,83 @@ def test_tensors_without_a_config(folders: Path, tmp_path: Path) -> None:
     edit_config(tmp_path, quantization_config=[])
     with pytest.raises(FormatError, match="quantization_config: expected an object"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def read_all(path: Path) -> None:
+    """Every matrix, checked and packed as the loader does it, or an error that names what is wrong."""
+    try:
+        source = FolderSource(path)
+        for name in source.quantised:
+            source.load(name)
+    except (FormatError, NotImplementedError) as error:
+        assert str(path) in str(error)
+
+
+HOSTILE = st.sampled_from(
+    [
+        None,
+        "",
+        "re:(",
+        "re:.*",
+        "(((",
+        -1,
+        0,
+        3,
+        2**70,
+        1e400,
+        -0.5,
+        True,
+        [],
+        [[]],
+        ["x"],
+        [1, 2, 3],
+        {},
+        {"a": 1},
+        "gptq_v2",
+    ]
+)
+
+
+@given(st.sampled_from(sorted({row[0] for row in REFUSED})), st.integers(0, 99), HOSTILE, st.booleans())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_hostile_configs(folders: Path, name: str, which: int, value: Any, rename: bool) -> None:
+    path = folders / name
+    text = (path / "config.json").read_text()
+    config = json.loads(text)
+    places = list(entries(config["quantization_config"]))
+    holder, key = places[which % len(places)]
+    if rename and isinstance(value, str):
+        holder[value] = holder.pop(key)
+    else:
+        holder[key] = value
+    try:
+        (path / "config.json").write_text(json.dumps(config))
+        read_all(path)
+    finally:
+        (path / "config.json").write_text(text)
+
+
+def entries(holder: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every key of an object and of the objects in it."""
+    for key, value in holder.items():
+        yield holder, key
+        if isinstance(value, dict):
+            yield from entries(value)
+
+
+@given(st.sampled_from(sorted({row[0] for row in REFUSED})), st.lists(MUTATIONS, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_hostile_tensors(folders: Path, name: str, mutations: list[tuple[int, str, int]]) -> None:
+    whole = (folders / name / "model.safetensors").read_bytes()
+    tensors = load_file(folders / name / "model.safetensors")
+    parts = sorted(part for part in tensors if part.startswith(DOWN))
+    for which, kind, number in mutations:
+        part = parts[which % len(parts)]
+        if part in tensors:
+            broken = mutated(tensors.pop(part), kind, number)
+            tensors |= {} if broken is None else {part: broken.contiguous()}
+    try:
+        save_file(tensors, folders / name / "model.safetensors")
+        read_all(folders / name)
+    finally:
+        (folders / name / "model.safetensors").write_bytes(whole)
