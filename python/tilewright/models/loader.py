@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tilewright.models.decoder import CausalLM, DecoderLayer
 from tilewright.models.linear import Embedding, Matrix, stacked
 from tilewright.models.sources import FolderSource, GGUFSource
 from tilewright.quant import QuantizedWeight, quantize_weight
+from tilewright.quant.pieces import in_pieces
 
 # Rows are quantised in pieces of about this many elements: their fp32 copies stay in the cache, and small beside
 # the packed model.
@@ -68,22 +69,8 @@ class Quantization:
 
     def apply(self, weight: Tensor) -> QuantizedWeight:
         """weight: (N, K) of any float dtype, N at least 1."""
-        # 32 rows are a block of the packed form, the unit in which pieces can be stacked.
-        rows = max(_PIECE // weight.shape[1] // 32, 1) * 32
         arguments = (self.bits, self.group_size, self.symmetric)
-        first: QuantizedWeight | None = None
-        packed, done = torch.empty(0), 0
-        for rows_of_it in weight.split(rows):
-            piece = quantize_weight(rows_of_it, *arguments)
-            if first is None:
-                first = piece
-                packed = piece.packed.new_empty(-(-weight.shape[0] // 32), piece.packed.shape[1])
-            elif piece.spec()[1:] != first.spec()[1:]:
-                # Pieces may differ in how they store scales; then all rows have to be seen at once.
-                return quantize_weight(weight, *arguments)
-            packed[done : done + piece.packed.shape[0]] = piece.packed
-            done += piece.packed.shape[0]
-        return replace(first, packed=packed, shape=tuple(weight.shape))
+        return in_pieces(weight.shape, lambda rows: quantize_weight(weight[rows], *arguments), _PIECE)
 
 
 def load(

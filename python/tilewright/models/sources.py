@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tilewright.generation.config import FILE_NAME, GenerationConfig
 from tilewright.io.errors import FormatError
@@ -18,7 +17,8 @@ from tilewright.io.folder import HFFolder
 from tilewright.io.gguf import GGUFFile
 from tilewright.models.config import ModelConfig
 from tilewright.models.linear import Matrix
-from tilewright.quant import from_gguf
+from tilewright.models.schemes import scheme_of
+from tilewright.quant import QuantizedWeight, from_gguf
 
 _DENSE_GGUF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED_GGUF = ("Q4_0", "Q4_1", "Q8_0")
@@ -135,13 +135,21 @@ class FolderSource:
         self.path, self.folder = path, HFFolder(path)
         self.config = ModelConfig.from_hf(self.folder.config, path / "config.json")
         self.shapes = {name: self.folder.info(name)[1] for name in self.folder.names()}
+        self.scheme = scheme_of(self.folder.config, self.folder)
+        self.quantised = {} if self.scheme is None else self.scheme.matrices
+        for name, matrix in self.quantised.items():
+            for part in matrix.tensors.values():
+                self.shapes.pop(part, None)
+            self.shapes[name] = matrix.shape
         given = GenerationConfig.from_dict(self.folder.generation_config, path / FILE_NAME)
         self.generation_config = given.over(_token_ids(self.config))
         self.generation_config.extra = given.extra
         self._check_tie()
 
-    def load(self, name: str) -> Tensor:
-        """The tensor, a view of the file."""
+    def load(self, name: str) -> Matrix:
+        """The tensor: packed where the file has it quantised, else a view of the file."""
+        if name in self.quantised:
+            return self._packed(name)
         dtype, _ = self.folder.info(name)
         if dtype not in _DENSE:
             raise FormatError(self.path, name, f"expected float32, float16 or bfloat16, got {dtype}")
@@ -156,14 +164,25 @@ class FolderSource:
     def ignorable(self, name: str) -> bool:
         # Old checkpoints store the rotary frequencies, which follow from the config.
         tied_head = self.config.tie_word_embeddings and name == f"{_HF.head}.weight"
-        return tied_head or name.endswith(".rotary_emb.inv_freq")
+        others = self.scheme is not None and self.scheme.ignorable(name)
+        return tied_head or name.endswith(".rotary_emb.inv_freq") or others
+
+    def _packed(self, name: str) -> QuantizedWeight:
+        matrix = self.quantised[name]
+        try:
+            return matrix.convert({part: self.folder.tensor(file) for part, file in matrix.tensors.items()})
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self.path}: {name}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise FormatError(self.path, name, str(error)) from None
 
     def _check_tie(self) -> None:
         """A folder that says "tied" and holds two different matrices means two, as in transformers."""
         head, embedding = f"{_HF.head}.weight", f"{_HF.embedding}.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= self.shapes.keys():
             return
-        if not torch.equal(self.load(head), self.load(embedding)):
+        quantised = {head, embedding} & self.quantised.keys()
+        if quantised or not torch.equal(self.load(head), self.load(embedding)):
             warnings.warn(
                 f"{self.path}: config.json says tie_word_embeddings, but {head} and {embedding} differ; using both",
                 stacklevel=2,
