@@ -9,13 +9,12 @@
 namespace tilewright {
 
 struct GgufType {
-  const char* name;    // GGUF's
-  const char* codes;   // what the codes become: "int4", ..., or a table of cpu/code_tables.h
-  int group;           // columns that share a scale
-  const char* offset;  // "none" or "min"
-  const char* scale;   // "f16", "bf16" or "two_level"
-  int columns;         // of a block in the file
-  int bytes;           // of a block in the file
+  const char* name;  // GGUF's
+  Codes codes;
+  int group;  // columns that share a scale
+  Offset offset;
+  Scale scale;
+  int columns, bytes;  // of a block in the file
   // Columns [32 * part, 32 * part + 32) of a block. Any bytes are a valid block.
   void (*read)(const uint8_t* block, int part, Chunk& chunk);
 };
