@@ -265,7 +265,7 @@ def gguf_rows(type_name: str, n: int, k: int, g: torch.Generator, scales: Tensor
         raw[..., 49::2] = raw[..., 49::2] & 15 | (nibbles << 4).to(torch.uint8)
     if type_name == "MXFP4":  # an exponent
         raw[..., 0] = raw[..., 0] % 8 + 120
-    return raw.view(n, -1)
+    return raw.flatten(1)
 
 
 def gguf_values(raw: Tensor, type_name: str) -> Tensor:
