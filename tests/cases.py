@@ -278,7 +278,7 @@ def linear_inputs(case: LinearCase, dtype: torch.dtype) -> tuple[Tensor, Quantiz
     """(x, weight, bias) of a case."""
     c, g = case, seeded(case.name)
     x = torch.randn(c.m, c.k, generator=g).to(dtype)
-    if c.kind.startswith("Q"):
+    if c.kind in GGUF_TYPES:
         weight = from_gguf(gguf_rows(c.kind, c.n, c.k, g), c.kind, (c.n, c.k))
     elif c.kind.split("_")[0] in CODES or c.kind in CODES:
         weight = weight_of_codes(c, g)

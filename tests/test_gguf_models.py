@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cases import gguf_rows, seeded
+from cases import gguf_rows, gguf_values, seeded
 from tiny import one_thread  # noqa: F401  (a fixture)
 
 from tilewright import AutoModelForCausalLM
@@ -39,7 +39,8 @@ def encoded(values: torch.Tensor, kind: str) -> np.ndarray:
     try:
         raw = gguf.quants.quantize(values.numpy(), type_)
     except NotImplementedError:
-        raw = gguf_rows(kind, *values.shape, seeded(kind), 3e-4).numpy()
+        size = gguf_values(gguf_rows(kind, *values.shape, seeded(kind)), kind).std()
+        raw = gguf_rows(kind, *values.shape, seeded(kind), float(0.1 * 0.15 / size)).numpy()
     values.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(raw, type_), np.float32)).view(values.shape))
     return raw
 
