@@ -84,16 +84,6 @@ def test_every_exponent_of_mxfp4() -> None:
     assert_same_values(from_gguf(raw, "MXFP4", (256, 32)), expected)
 
 
-def test_levels_that_formats_share() -> None:
-    """The packed bytes of IQ4_NL and IQ4_XS, or of two K types, differ; their weights' description says how."""
-    names = {name: (kind.codes, kind.group, kind.offset, kind.scale) for name, kind in TYPES.items()}
-    assert names["IQ4_NL"] == ("iq4_nl", 32, "none", "f16")
-    assert names["IQ4_XS"] == ("iq4_nl", 32, "none", "two_level")
-    assert names["Q2_K"] == ("int4", 16, "min", "two_level")
-    assert names["Q6_K"] == ("int6", 16, "none", "two_level")
-    assert names["MXFP4"] == ("mxfp4", 32, "none", "bf16")
-
-
 @every_type
 def test_size(type_name: str) -> None:
     """Within a quarter of a bit a weight of the file for 4 bits and more; below, 4-bit codes and their scales."""
@@ -163,6 +153,8 @@ def test_wrong_sizes(type_name: str) -> None:
         (raw.float(), (2, columns), "uint8"),
         (raw, (-2, columns), "shape"),
         (raw, (2, -columns), "shape"),
+        (raw, (1, 2, columns), "shape"),
+        (raw, (2**39, 1 << 30), rf"got \(2, {size}\)"),  # said before terabytes are asked for
     ):
         with pytest.raises(ValueError, match=message):
             from_gguf(bad, type_name, shape)

@@ -347,12 +347,12 @@ void pack_gguf(const TensorView& raw, const std::string& type_name, const Tensor
   const PackedWeight w =
       packed_weight(op, out, {n, k, int(type->codes), type->group, int(type->offset), int(type->scale)});
   const int64_t row_bytes = k / type->columns * type->bytes;
-  TW_EXPECT(k % type->columns == 0 && raw.dtype == DType::u8 && contiguous_matrix(raw) && raw.dim(0) == n &&
-                raw.dim(1) == row_bytes,
-            op,
-            type_name + " data for shape (" + std::to_string(n) + ", " + std::to_string(k) +
-                ") must be contiguous uint8 of shape (" + std::to_string(n) + ", " +
-                std::to_string(row_bytes) + "), got " + shape_of(raw));
+  expect_cpu(op, "raw", raw);
+  TW_EXPECT(
+      k % type->columns == 0 && raw.dtype == DType::u8 && contiguous_matrix(raw) && raw.dim(0) == n &&
+          raw.dim(1) == row_bytes,
+      op,
+      type_name + " data must be contiguous uint8 (rows, bytes) of the weight's size, got " + shape_of(raw));
   if (w.n == 0 || w.k == 0) return;
   pack_blocks(w, GgufSource{*type, raw.as<const uint8_t>(), row_bytes}, out.as<uint8_t>());
 }

@@ -42,11 +42,18 @@ def from_gguf(raw: Tensor, type_name: str, shape: tuple[int, int]) -> QuantizedW
     if not isinstance(raw, Tensor) or raw.dtype != torch.uint8 or raw.dim() != 2:
         got = f"{raw.dtype} {tuple(raw.shape)}" if isinstance(raw, Tensor) else type(raw).__name__
         raise ValueError(f"from_gguf: raw must be a uint8 tensor (rows, bytes), got {got}")
-    n, k = (int(s) for s in shape)
-    if n < 0 or k < 0 or k % kind.columns:
+    shape = tuple(int(size) for size in shape)
+    if len(shape) != 2 or min(shape) < 0 or shape[1] % kind.columns:
         raise ValueError(
-            f"from_gguf: shape must be (N, K), {type_name} having blocks of {kind.columns} columns, got {(n, k)}"
+            f"from_gguf: shape must be (N, K), {type_name} having blocks of {kind.columns} columns, got {shape}"
         )
-    packed = empty_packed((n, k), kind.codes, kind.group, kind.offset, kind.scale, "cpu")
+    n, k = shape
+    expected = (n, k // kind.columns * kind.nbytes)
+    if raw.shape != expected:  # before memory for the shape is asked for
+        raise ValueError(
+            f"from_gguf: {type_name} data for shape {shape} must be uint8 of shape {expected}, got {tuple(raw.shape)}"
+        )
+    stored = (kind.codes, kind.group, kind.offset, kind.scale)
+    packed = empty_packed(shape, *stored, "cpu")
     _C.pack_gguf(raw.contiguous(), type_name, packed, n, k)
-    return QuantizedWeight(packed, (n, k), kind.codes, kind.group, kind.offset, kind.scale, type_name)
+    return QuantizedWeight(packed, shape, *stored, type_name)
