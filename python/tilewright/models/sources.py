@@ -19,9 +19,9 @@ from tilewright.models.config import ModelConfig
 from tilewright.models.linear import Matrix
 from tilewright.models.schemes import scheme_of
 from tilewright.quant import QuantizedWeight, from_gguf
+from tilewright.quant.gguf import TYPES as _PACKED_GGUF
 
 _DENSE_GGUF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PACKED_GGUF = ("Q4_0", "Q4_1", "Q8_0")
 _DENSE = tuple(_DENSE_GGUF.values())
 
 
@@ -94,10 +94,14 @@ class GGUFSource:
         kind, raw = self.file.tensors[name].type_name, self.file.raw(name)
         if kind in _DENSE_GGUF:
             return raw.view(-1).view(_DENSE_GGUF[kind]).view(self.shapes[name])
-        if kind in _PACKED_GGUF and len(self.shapes[name]) == 2:
-            return from_gguf(raw, kind, self.shapes[name])
-        supported = ", ".join((*_DENSE_GGUF, *_PACKED_GGUF))
-        raise NotImplementedError(f"{self.path}: {name}: type {kind} is not supported, supported: {supported}")
+        if kind not in _PACKED_GGUF:
+            supported = ", ".join((*_DENSE_GGUF, *_PACKED_GGUF))
+            raise NotImplementedError(f"{self.path}: {name}: type {kind} is not supported, supported: {supported}")
+        if len(self.shapes[name]) != 2:
+            raise FormatError(
+                self.path, name, f"expected F32, F16 or BF16 for a tensor of shape {self.shapes[name]}, got {kind}"
+            )
+        return from_gguf(raw, kind, self.shapes[name])
 
     def release(self) -> None:
         self.file.release_all()
