@@ -34,7 +34,7 @@ from tilewright.ops.linear import (
     rounded_activations,
 )
 from tilewright.quant import from_gguf
-from tilewright.quant.weight import pack
+from tilewright.quant.weight import FLOAT_CODES, pack
 
 INTEGER = ("int8", "int8_token")
 
@@ -172,9 +172,8 @@ def emulated(x: Tensor, weight: QuantizedWeight, activation: str) -> Tensor:
 
 
 # A single output has no distribution of errors, so it stands here only.
-FLOATS = ("nf4", "fp4", "e4m3", "bf16")  # no integer product
 EXACT = [
-    *(c for c in LINEAR if c.bias is None and c.kind not in FLOATS),
+    *(c for c in LINEAR if c.bias is None and c.kind not in FLOAT_CODES),
     LinearCase("single", 1, 1, 96),
     LinearCase("two", 1, 2, 33, 8),
 ]

@@ -21,6 +21,7 @@ from tilewright import AutoModelForCausalLM
 from tilewright.io.errors import FormatError
 from tilewright.models.linear import DenseLinear, Parallel
 from tilewright.quant import QuantizedLinear
+from tilewright.quant.weight import FLOAT_CODES
 
 gptq, ct = packers.gptq, packers.compressed_tensors
 
@@ -43,7 +44,10 @@ def test_loads_and_computes(name: str, tmp_path: Path) -> None:
         assert all(isinstance(m, QuantizedLinear) for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
     ids = tiny.prompts(1, 9)
     exact = model(ids).logits
-    rounded = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits  # int8 activations
+    usual = AutoModelForCausalLM.from_pretrained(tmp_path)
+    down = usual.layers[0].down
+    assert down.activation == ("bf16" if down.weight.codes in FLOAT_CODES else "int8")
+    rounded = usual(ids).logits
     assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
     with pytest.raises(ValueError, match="already quantised"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization="int4")

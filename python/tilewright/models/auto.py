@@ -47,7 +47,8 @@ class AutoModelForCausalLM:
         dtype: of matrices that stay dense: "auto" (the file's; float16 becomes float32), float32, bfloat16;
         quantization: None, "int8", "int4", or a dict with bits and maybe group_size, symmetric, skip (module
         names left dense, default the head), for files that are not quantised yet;
-        activation: how inputs of quantised matrices are rounded, see `quantized_linear`.
+        activation: how inputs of quantised matrices are rounded, see `quantized_linear`; matrices whose codes are no
+        integers (nf4, fp4, fp8) take bf16 in place of int8.
 
         Raises FormatError (a ValueError) for a broken file, ValueError, TypeError or NotImplementedError that
         names the argument or what is not supported.

@@ -13,6 +13,7 @@ from tilewright.ops.weight_rows import weight_rows
 CODES = (
     "int4", "int5", "int6", "int8", "nf4", "fp4", "iq4_nl", "mxfp4", "iq1", "iq2", "iq3_xxs", "iq3_s", "e4m3", "bf16",
 )  # fmt: skip
+FLOAT_CODES = ("nf4", "fp4", "e4m3", "bf16")  # no integers stand for them
 OFFSETS = ("none", "zero", "min")
 SCALES = ("f16", "bf16", "f32", "two_level", "none")
 GROUP_SIZES = (16, 32, 64, 128, -1)
