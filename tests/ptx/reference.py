@@ -226,3 +226,16 @@ def check(
             continue
         both_nan = result in FORMATS and all(v != v for v in (to_python(x, result) for x in (wanted, value)))
         assert both_nan, f"{body} of {[hex(b) for b in bits]}: expected {wanted:#x}, got {value:#x}"
+
+
+def assemble(body: str, params: str = "u64", declarations: str = "", functions: str = "") -> str:
+    """A module with the kernel ``test``: parameters p0, p1, ... of the types named, and some registers of each kind."""
+    parameters = ", ".join(f".param .{t} p{n}" for n, t in enumerate(params.split()))
+    return f"""{PRELUDE}
+{functions}
+.visible .entry test({parameters})
+{{
+  .reg .pred %p<10>; .reg .b16 %h<20>; .reg .b32 %r<40>; .reg .b64 %rd<20>; .reg .f32 %f<20>;
+  {declarations}
+  {body}
+}}"""
