@@ -61,13 +61,17 @@ __global__ void __launch_bounds__(kThreads)
 
   const auto fetch = [&](int step) {
     const int k0 = step * kTileK, buffer = step % 2;
-    for (int piece = thread; piece < kTileM * kTileK / 8; piece += kThreads) {
+#pragma unroll
+    for (int part = 0; part < kTileM * kTileK / 8 / kThreads; ++part) {
+      const int piece = part * kThreads + thread;
       const int row = piece / (kTileK / 8), column = piece % (kTileK / 8) * 8;
       const bool inside = row0 + row < m && k0 + column < k;
       copy_async(&tile_a[buffer][place<kTileK>(row, column)],
                  a + (inside ? static_cast<int64_t>(row0 + row) * k + k0 + column : 0), inside);
     }
-    for (int piece = thread; piece < kTileK * kTileN / 8; piece += kThreads) {
+#pragma unroll
+    for (int part = 0; part < kTileK * kTileN / 8 / kThreads; ++part) {
+      const int piece = part * kThreads + thread;
       const int row = piece / (kTileN / 8), column = piece % (kTileN / 8) * 8;
       const bool inside = k0 + row < k && column0 + column < n;
       copy_async(&tile_b[buffer][place<kTileN>(row, column)],
