@@ -265,6 +265,18 @@ def test_a_view_has_its_own_bounds() -> None:
     assert (whole[100:] == 0).all()
 
 
+def test_memory_is_registered_once() -> None:
+    whole = on_device(np.zeros(16, np.uint32))
+    assert on_device(whole) is whole
+    with pytest.raises(ValueError, match="memory of its own"):
+        on_device(whole[:4])
+    part = on_device(np.zeros(16, np.uint32)[:8])
+    k = kernel("ld.param.u64 %rd0, [p0]; ld.global.u32 %r0, [%rd0]; ret;")
+    expect(launch(k, whole[4:8]))
+    with pytest.raises(ValueError, match="reaches beyond"):
+        launch(k, part.base)
+
+
 def test_null_and_free_memory() -> None:
     k = kernel("ld.param.u64 %rd0, [p0]; ld.global.u32 %r0, [%rd0]; ret;")
     expect(launch(k, None), "out of bounds")

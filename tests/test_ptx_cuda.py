@@ -13,7 +13,7 @@ from ptx.runtime import HostLibrary
 from torch import Tensor
 
 pytestmark = needs_nvcc
-SOURCE = (Path(__file__).parent / "ptx" / "example.cu").read_text()
+SOURCE = Path(__file__).parent / "ptx" / "example.cu"
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_library_without_ptx_says_so() -> None:
     plain = HostLibrary(nvcc_library(source))
     assert len(plain.call("go")) == 1
     compressed = HostLibrary(
-        nvcc_library(source.replace("k()", "other()").replace("k<<<", "other<<<"), ("--compress-mode=size",))
+        nvcc_library(source.replace("k()", "other()").replace("k<<<", "other<<<"), flags=("--compress-mode=size",))
     )
     with pytest.raises(PtxError, match="compress-mode=none"):
         compressed.call("go")
