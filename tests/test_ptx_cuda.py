@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ptx import Kernel, PtxError, PtxFault, empty, undefined_bytes
@@ -14,6 +16,75 @@ from torch import Tensor
 
 pytestmark = needs_nvcc
 SOURCE = Path(__file__).parent / "ptx" / "example.cu"
+
+
+# CUDA's own functions, in whose code (polynomials, tables, slow paths, calls) many instructions meet. Each: the
+# arguments, numpy's function, and the error in units of the last place that NVIDIA documents, or a little more.
+EVERYWHERE = np.concatenate([np.linspace(-20, 20, 997), [0.0, -0.0, 1e-30, -3e5, 1e9, 3e38, np.inf, -np.inf, np.nan]])
+POSITIVE = np.concatenate([np.geomspace(1e-38, 1e38, 1001), [0.0, 1e-42, np.inf, np.nan]])
+UNIT = np.concatenate([np.linspace(-1, 1, 1001), [np.nan]])
+FUNCTIONS = {
+    "sinf": (EVERYWHERE, np.sin, 2),
+    "cosf": (EVERYWHERE, np.cos, 2),
+    "tanf": (EVERYWHERE, np.tan, 4),
+    "expf": (EVERYWHERE, np.exp, 2),
+    "exp2f": (EVERYWHERE, np.exp2, 2),
+    "expm1f": (EVERYWHERE, np.expm1, 2),
+    "logf": (POSITIVE, np.log, 2),
+    "log2f": (POSITIVE, np.log2, 2),
+    "log1pf": (POSITIVE, np.log1p, 2),
+    "sqrtf": (POSITIVE, np.sqrt, 0.5),
+    "rsqrtf": (POSITIVE, lambda x: 1 / np.sqrt(x), 2),
+    "cbrtf": (EVERYWHERE, np.cbrt, 2),
+    "tanhf": (EVERYWHERE, np.tanh, 2),
+    "atanf": (EVERYWHERE, np.arctan, 2),
+    "asinf": (UNIT, np.arcsin, 4),
+    "erff": (EVERYWHERE, np.vectorize(math.erf), 2),
+    "roundf": (EVERYWHERE, lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x), 0.5),
+    "rintf": (EVERYWHERE, np.rint, 0.5),
+    "exp": (EVERYWHERE, np.exp, 2),
+    "log": (POSITIVE, np.log, 2),
+    "sin": (EVERYWHERE, np.sin, 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_cuda(name: str) -> None:
+    values, function, ulps = FUNCTIONS[name]
+    kernels = "".join(
+        f'extern "C" __global__ void test_{f}({t}* x, int n)'
+        f" {{ int i = blockIdx.x * 64 + threadIdx.x; if (i < n) x[i] = {f}(x[i]); }}\n"
+        for f, t in ((f, "float" if f.endswith("f") else "double") for f in FUNCTIONS)
+    )
+    x = values.astype(np.float32 if name.endswith("f") else np.float64)
+    with np.errstate(all="ignore"):
+        # A double's function in long double: numpy's own double may be half an ulp off.
+        wanted = function(x.astype(np.float64 if name.endswith("f") else np.longdouble))
+        rounded = wanted.astype(x.dtype)
+        ulp = np.spacing(np.maximum(np.abs(rounded), np.finfo(x.dtype).smallest_normal))
+    found = x.copy()
+    nvcc_module(kernels).kernel(f"test_{name}").launch((math.ceil(len(x) / 64),), (64,), [found, len(x)])
+    finite = np.isfinite(rounded)
+    assert np.array_equal(found[~finite], rounded[~finite], equal_nan=True)
+    error = np.abs(found[finite].astype(wanted.dtype) - wanted[finite]) / ulp[finite]
+    assert error.max() <= ulps, (x[finite][error.argmax()], error.max())
+
+
+def test_integer_division_by_constants_and_in_64_bits() -> None:
+    source = """extern "C" __global__ void k(const long long* a, const long long* b, long long* out, int n) {
+      int i = threadIdx.x; if (i >= n) return;
+      out[4 * i] = a[i] / b[i]; out[4 * i + 1] = a[i] % b[i];
+      out[4 * i + 2] = (unsigned long long)a[i] / 10; out[4 * i + 3] = (int)a[i] / 7 + (int)b[i] % 1000003; }"""
+    rng = np.random.default_rng(3)
+    a = rng.integers(-(2**63), 2**63, 100) >> rng.integers(0, 60, 100)
+    b = (rng.integers(-(2**63), 2**63, 100) >> rng.integers(0, 60, 100)) | 1
+    out = np.zeros((100, 4), np.int64)
+    nvcc_module(source).kernel().launch((1,), (128,), [a, b, out, 100])
+    for x, y, row in zip(a.tolist(), b.tolist(), out.tolist(), strict=True):
+        q = math.trunc(Fraction(x, y))
+        low = [int(np.int64(v).astype(np.int32)) for v in (x, y)]
+        last = math.trunc(Fraction(low[0], 7)) + low[1] - 1000003 * math.trunc(Fraction(low[1], 1000003))
+        assert row == [q, x - q * y, (x % 2**64) // 10, last]
 
 
 @pytest.fixture(scope="module")
