@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +88,17 @@ def triton_kernel(
     fn: Callable[..., None],
     signature: Mapping[str, str],
     constexprs: Mapping[str, object] | None = None,
+    divisible: Collection[str] = (),
     **options: int,
 ) -> TritonKernel:
-    """Compile a @triton.jit function for sm_80. Pointers and integers count as divisible by 16."""
+    """Compile a @triton.jit function for sm_80.
+
+    Args:
+        signature: the type of each argument that is no constexpr: "*bf16", "i32", "fp32".
+        divisible: integers that are multiples of 16, as Triton finds out at a launch; pointers always are. A launch
+            with another number then does what the compiled code does with it: expect misaligned accesses.
+        options: num_warps, num_stages.
+    """
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -100,8 +108,8 @@ def triton_kernel(
     types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
     attrs = {
         (n,): [["tt.divisibility", 16]]
-        for n, t in enumerate(types.values())
-        if t.startswith("*") or (t.startswith("i") and t != "i1")
+        for n, (name, t) in enumerate(types.items())
+        if t.startswith("*") or name in divisible
     }
     source = ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": True, **options})
