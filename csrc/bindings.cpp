@@ -167,15 +167,15 @@ PYBIND11_MODULE(_C, m) {
           launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
         });
 
-  m.def("linear",
-        [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes, int64_t group_size,
-           int offset, int scale, const TensorView& bias, const TensorView& columns,
-           const std::string& activation, double outlier_threshold, const TensorView& out) {
-          launch([&] {
-            linear(x, packed, {n, k, codes, group_size, offset, scale},
-                   {bias, columns, activation, outlier_threshold}, out);
-          });
-        });
+  m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes,
+                     int64_t group_size, int offset, int scale, const TensorView& bias,
+                     const TensorView& columns, const TensorView& group_sizes, const std::string& activation,
+                     double outlier_threshold, const TensorView& out) {
+    launch([&] {
+      linear(x, packed, {n, k, codes, group_size, offset, scale},
+             {bias, columns, group_sizes, activation, outlier_threshold}, out);
+    });
+  });
   m.def("packed_block_bytes", [](int64_t n, int64_t k, int codes, int64_t group_size, int offset, int scale) {
     return packed_block_bytes({n, k, codes, group_size, offset, scale});
   });
