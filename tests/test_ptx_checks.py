@@ -25,6 +25,8 @@ def expect(report: Report, *kinds: str) -> None:
     assert report.kinds == set(kinds), "\n".join(map(str, report.findings))
 
 
+STORE = "ld.param.u64 %rd0, [p0]; st.global.u32 [%rd0], %r1; ret;"
+
 # ---- races ------------------------------------------------------------------
 
 # Each thread writes a word and reads its neighbour's; {sync} stands between.
@@ -151,6 +153,30 @@ done:
     expect(launch(k, None, 1, threads=96), "shared race")
 
 
+def test_a_warp_that_ends_has_arrived_at_every_barrier() -> None:
+    body = """mov.u32 %r0, %tid.x; setp.lt.u32 %p0, %r0, 32; @%p0 bra wait; st.shared.u32 [s], 5; ret;
+wait: {sync} ld.shared.u32 %r1, [s]; ret;"""
+    for sync, kinds in (("bar.sync 0;", ()), ("", ("shared race",))):
+        report = launch(kernel(body.format(sync=sync), declarations=".shared .u32 s;"), None, threads=64, seed=2)
+        expect(report, *kinds)
+
+
+def test_a_lane_that_takes_no_part_gives_nothing() -> None:
+    body = """mov.u32 %r0, %tid.x; setp.gt.u32 %p0, %r0, 15; @%p0 ret;
+  shfl.sync.idx.b32 %r1, %r0, {lane}, 31, 0xffff;
+  ld.param.u64 %rd0, [p0]; mad.wide.u32 %rd0, %r0, 4, %rd0; st.global.u32 [%rd0], %r1; ret;"""
+    for lane, kinds in ((15, ()), (16, ("undefined data",))):
+        expect(launch(kernel(body.format(lane=lane)), np.zeros(16, np.uint32), threads=32), *kinds)
+
+
+def test_undefined_data_stays_undefined_in_memory() -> None:
+    out = on_device(np.zeros(4, np.uint32))
+    expect(launch(kernel(STORE), out, threads=1), "undefined data")
+    assert undefined_bytes(out) == 4
+    expect(launch(kernel("mov.u32 %r1, 5;" + STORE), out, threads=1))
+    assert undefined_bytes(out) == 0
+
+
 def test_writes_of_different_values_race_and_of_one_value_do_not() -> None:
     body = "mov.u32 %r0, %tid.x; {value} mov.u32 %r1, s; st.shared.u32 [%r1], %r0; ret;"
     shared = ".shared .align 4 .b8 s[4];"
@@ -183,6 +209,13 @@ GLOBAL = """
         ("red.global.add.u32 [%rd0], 1;", set()),
         ("ld.global.u32 %r5, [%rd0];", set()),
         ("ld.global.u32 %r5, [%rd0]; st.global.u32 [%rd0+4], %r5;", set()),  # the same value from each block
+        ("ld.global.u32 %r5, [%rd0]; setp.eq.u32 %p1, %r0, 3; @%p1 st.global.u32 [%rd0], 9;", {"global race"}),
+        (
+            "setp.gt.u32 %p2, %r0, 1; @%p2 ret; ld.global.u32 %r5, [%rd0];"
+            "setp.eq.u32 %p1, %r0, 1; @%p1 st.global.u32 [%rd0], 9;",
+            {"global race"},
+        ),
+        ("setp.eq.u32 %p1, %r0, 0; @!%p1 st.global.u32 [%rd0], 9; @%p1 ld.global.u32 %r5, [%rd0];", {"global race"}),
         ("atom.global.add.u32 %r5, [%rd0], 1; ld.global.u32 %r6, [%rd0];", {"global race"}),
         ("atom.global.add.u32 %r5, [%rd0], 1; ld.volatile.global.u32 %r6, [%rd0];", set()),
         ("mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], %r0;", set()),
@@ -294,6 +327,9 @@ def test_null_and_free_memory() -> None:
         ("ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [s+496];", set()),
         ("ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [s+504];", {"misaligned"}),
         ("ld.shared.v2.u32 {%r1, %r2}, [s+512];", {"out of bounds"}),
+        ("ld.shared.u32 %r1, [s2];", set()),
+        ("ld.shared.u32 %r1, [s2+-4];", {"out of bounds"}),
+        ("ld.shared.u32 %r1, [s2+4];", {"out of bounds"}),
         ("ld.shared.u32 %r1, [dynamic+60];", set()),
         ("ld.shared.u32 %r1, [dynamic+64];", {"out of bounds"}),
         ("st.shared.u8 [dynamic+64], 1;", {"out of bounds"}),
@@ -315,14 +351,14 @@ def test_null_and_free_memory() -> None:
 def test_bounds_of_each_space(access: str, kinds: set[str]) -> None:
     module = ".extern .shared .align 16 .b8 dynamic[]; .const .align 4 .b32 c[4] = {1, 2, 3, 4};"
     module += ".global .align 4 .u32 g[2] = {5, 6};"
-    k = kernel(access + " ret;", "u64", ".shared .align 16 .b8 s[512]; .local .align 16 .b8 l[16];", module)
+    k = kernel(
+        access + " ret;", "u64", ".shared .align 16 .b8 s[512]; .shared .u32 s2; .local .align 16 .b8 l[16];", module
+    )
     report = launch(k, 0, threads=1, shared=64)
     assert report.kinds == kinds, report.findings
 
 
 # ---- undefined data ---------------------------------------------------------
-
-STORE = "ld.param.u64 %rd0, [p0]; st.global.u32 [%rd0], %r1; ret;"
 
 
 @pytest.mark.parametrize(
@@ -338,6 +374,17 @@ STORE = "ld.param.u64 %rd0, [p0]; st.global.u32 [%rd0], %r1; ret;"
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; and.b32 %r1, %r2, 0xffff;", False),
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; mov.b32 {%h2, %h3}, %r2; cvt.u32.u16 %r1, %h2;", False),
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; mov.b32 {%h2, %h3}, %r2; cvt.u32.u16 %r1, %h3;", True),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; add.u32 %r2, %r2, 5; and.b32 %r1, %r2, 0xffff;", False),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h1, %h0}; add.u32 %r2, %r2, 5; shr.u32 %r1, %r2, 16;", True),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h1, %h0}; shr.u32 %r1, %r2, 16;", False),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h1, %h0}; shr.s32 %r1, %r2, 15;", True),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; shr.s32 %r2, %r2, 8; and.b32 %r1, %r2, 255;", False),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; brev.b32 %r2, %r2; shr.u32 %r1, %r2, 16;", False),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; bfi.b32 %r2, 7, %r2, 16, 16; mov.u32 %r1, %r2;", False),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; shf.l.wrap.b32 %r2, %r2, 0, 16; mov.u32 %r1, %r2;", True),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h1, %h0}; shf.l.wrap.b32 %r2, %r2, 0, 16; mov.u32 %r1, %r2;", False),
+        ("cvt.s16.s8 %h0, %h1; cvt.u32.u16 %r1, %h0;", True),
+        ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; cvt.u16.u32 %h2, %r2; cvt.u32.u16 %r1, %h2;", False),
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; prmt.b32 %r1, %r2, 0, 0x4410;", False),
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; prmt.b32 %r1, %r2, 0, 0x4420;", True),
         ("mov.u16 %h0, 1; mov.b32 %r2, {%h0, %h1}; bfe.u32 %r1, %r2, 4, 12;", False),

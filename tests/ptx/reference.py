@@ -128,8 +128,10 @@ def special_bits(type_: str, random: int = 12) -> tuple[int, ...]:
             f.infinity + 1,
             f.infinity | 1 << (f.precision - 2),
         ]
-        shift = size - f.bits if type_ != "tf32" else 0
-        picked = [p << shift for p in picked]
+        # Halfway between two values of a smaller format, the lower one even and odd.
+        for other in FORMATS.values():
+            if (cut := f.precision - other.precision) > 0:
+                picked += [one | 1 << (cut - 1), one | 3 << (cut - 1)]
         picked += [p | 1 << (size - 1) for p in picked]
         # Near to one another, so that sums cancel and products stay in range.
         near = [
