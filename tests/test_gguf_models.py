@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,13 @@ def write_gguf(
 
 
 def assert_same_logits(path: Path, reference: Any) -> Any:
-    """Our model of the file against transformers' with the file's weights; returns ours."""
+    """Our model of the file against transformers' in float64 with the file's weights; returns ours."""
     model = AutoModelForCausalLM.from_pretrained(path, activation="fp32", dtype="float32")
     ids = tiny.prompts(2, 13)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-4)
+        exact = copy.deepcopy(reference).double()(ids).logits
+        # Codes times x and minima times its sum round elsewhere than a dense product; both lie within this.
+        assert (model(ids).logits - exact).abs().max() <= 1e-5 * exact.abs().max()
     return model
 
 
