@@ -45,8 +45,8 @@ class AutoModelForCausalLM:
         `tilewright.quant` says what their matrices become; how the libraries round inputs is not imitated.
 
         dtype: of matrices that stay dense: "auto" (the file's; float16 becomes float32), float32, bfloat16;
-        quantization: None, "int8", "int4", or a dict with bits and maybe group_size, symmetric, skip (module
-        names left dense, default the head), for files that are not quantised yet;
+        quantization: None, "int8", "int4", or a dict with bits and maybe group_size, symmetric, method (as in
+        `quantize_weight`), skip (module names left dense, default the head), for files that are not quantised yet;
         activation: how inputs of quantised matrices are rounded, see `quantized_linear`; matrices whose codes are no
         integers (nf4, fp4, fp8) take bf16 in place of int8.
 

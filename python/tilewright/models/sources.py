@@ -43,7 +43,7 @@ class Names:
     down: str
 
 
-_HF = Names(
+HF_NAMES = Names(
     embedding="model.embed_tokens",
     norm="model.norm",
     head="lm_head",
@@ -133,7 +133,7 @@ class GGUFSource:
 class FolderSource:
     """A Hugging Face folder as the loader sees it."""
 
-    names = _HF
+    names = HF_NAMES
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, HFFolder(path)
@@ -167,7 +167,7 @@ class FolderSource:
 
     def ignorable(self, name: str) -> bool:
         # Old checkpoints store the rotary frequencies, which follow from the config.
-        tied_head = self.config.tie_word_embeddings and name == f"{_HF.head}.weight"
+        tied_head = self.config.tie_word_embeddings and name == f"{HF_NAMES.head}.weight"
         others = self.scheme is not None and self.scheme.ignorable(name)
         return tied_head or name.endswith(".rotary_emb.inv_freq") or others
 
@@ -182,7 +182,7 @@ class FolderSource:
 
     def _check_tie(self) -> None:
         """A folder that says "tied" and holds two different matrices means two, as in transformers."""
-        head, embedding = f"{_HF.head}.weight", f"{_HF.embedding}.weight"
+        head, embedding = f"{HF_NAMES.head}.weight", f"{HF_NAMES.embedding}.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= self.shapes.keys():
             return
         quantised = {head, embedding} & self.quantised.keys()
@@ -194,6 +194,11 @@ class FolderSource:
             self.config.tie_word_embeddings = False
             self.config.raw["tie_word_embeddings"] = False
         self.release()
+
+
+def open_source(path: Path) -> GGUFSource | FolderSource:
+    """The model at `path`, a .gguf file or a Hugging Face folder."""
+    return FolderSource(path) if path.is_dir() else GGUFSource(path)
 
 
 def _token_ids(config: ModelConfig) -> GenerationConfig:

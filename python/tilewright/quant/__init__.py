@@ -9,7 +9,8 @@ from tilewright.quant.gptq import from_gptq
 from tilewright.quant.hqq import from_hqq
 from tilewright.quant.int8 import from_eetq, from_int8
 from tilewright.quant.modules import QuantizedLinear, quantize_
-from tilewright.quant.weight import QuantizedWeight, quantize_weight
+from tilewright.quant.quantize import quantize_weight
+from tilewright.quant.weight import QuantizedWeight
 
 __all__ = [
     "QuantizedLinear",
