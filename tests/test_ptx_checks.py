@@ -212,9 +212,24 @@ def test_undefined_global_memory() -> None:
         ("bar.sync 16;", 32, {"barrier"}),
         ("bar.sync 1, 33;", 32, {"barrier"}),
         ("setp.lt.u32 %p0, %r0, 32; @%p0 bar.sync 1, 64; @!%p0 bar.sync 1, 96;", 64, {"barrier"}),
-        ("setp.lt.u32 %p0, %r0, 16; @%p0 bar.warp.sync 0xffffffff;", 32, {"deadlock"}),
+        ("setp.lt.u32 %p0, %r0, 16; @%p0 bar.warp.sync -1;", 32, set()),  # the others exit, and are not waited for
+        (
+            "setp.lt.u32 %p0, %r0, 16; @%p0 bra a; bar.warp.sync -1; bra b; a: bar.warp.sync -1; b:",
+            32,
+            {"deadlock"},
+        ),
         ("setp.lt.u32 %p0, %r0, 16; @%p0 bar.warp.sync 0xffff;", 32, set()),
-        ("setp.lt.u32 %p0, %r0, 16; @%p0 shfl.sync.idx.b32 %r1, %r0, 0, 31, 0xffffffff;", 32, {"deadlock"}),
+        ("setp.lt.u32 %p0, %r0, 16; @%p0 ret; shfl.sync.idx.b32 %r1, %r0, 20, 31, -1;", 32, set()),
+        (
+            "setp.lt.u32 %p0, %r0, 16; @%p0 bra a; redux.sync.add.u32 %r1, %r0, -1; bra b; a: bar.warp.sync -1; b:",
+            32,
+            {"deadlock"},
+        ),
+        (
+            "setp.lt.u32 %p0, %r0, 16; @!%p0 bar.sync 0; shfl.sync.idx.b32 %r1, %r0, 0, 31, -1;",
+            32,
+            {"divergent barrier"},
+        ),
         ("shfl.sync.idx.b32 %r1, %r0, 0, 31, 0xffff;", 32, {"mask"}),
         ("bar.sync 0;", 40, set()),
         ("trap;", 32, {"trap"}),
