@@ -34,11 +34,13 @@ using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end)
 
 // A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
 //   codes    for each 32 k, in 8 steps of 4 k:
-//            4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
-//            5 bits: the low 4 like that, then the fifth: bit s of byte [half][16 rows][4 k] is that of step
-//            s 6 bits: the low 4 like that, then the others: bits 2s and 2s + 1 of byte [step / 4][half][16
-//            rows][4 k] are those of step s of 4 8 bits: [32 rows][4 k] bytes a step 16 bits: [half][2][16
-//            rows][2] bf16 a step, columns (0, 2) and then (1, 3) of the 4
+//    - 4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
+//    - 5 bits: the low 4 like that, then the fifth: bit s of byte [half][16 rows][4 k] is that of step s
+//    - 6 bits: the low 4 like that, then the others: bits 2s and 2s + 1 of byte [step / 4][half][16 rows][4
+//    k]
+//      are those of step s of 4
+//    - 8 bits: [32 rows][4 k] bytes a step
+//    - 16 bits: [half][8 steps][2][16 rows][2] bf16, columns (0, 2) and then (1, 3) of a step's 4
 //   scales   [groups()][32 rows] fp16, bf16 or fp32; two levels: int8, factors of the supers
 //   offsets  [groups()][32 rows]: nothing, zero points (uint8), or minima (as the scales)
 //   supers   two levels: fp16 [k_supers()][32 rows], one for each 256 k, and the same again with minima

@@ -68,7 +68,7 @@ struct DenseSteps {
   const uint8_t* at;
   TW_INLINE void step(int step, const F*, F out[4][2]) {
     TW_UNROLL for (int half = 0; half < 2; ++half) {
-      const I even = iload(at + step * 256 + half * 128), odd = iload(at + step * 256 + half * 128 + 64);
+      const I even = iload(at + half * 1024 + step * 128), odd = iload(at + half * 1024 + step * 128 + 64);
       const I upper = iset1(int32_t(0xffff0000u));
       out[0][half] = as_float(ishl<16>(even));
       out[1][half] = as_float(ishl<16>(odd));
