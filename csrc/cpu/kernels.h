@@ -112,17 +112,18 @@ struct QuantiseArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0, run = 32, runs = 0;
+  int64_t row_blocks = 0;  // from row to row of the results; k_blocks, or more for a part of a row
   bool per_token = false;
   Offset offset = Offset::none;
   int zero = 0;                    // implicit zero point of the weight, for Offset::none
-  int8_t* codes = nullptr;         // [m][k_blocks * 32]
-  float* scales = nullptr;         // [m][k_blocks]
+  int8_t* codes = nullptr;         // [m][row_blocks * 32]
+  float* scales = nullptr;         // [m][row_blocks]
   int32_t* corrections = nullptr;  // [m][runs]: -zero * sum, -sum, or the bits of float(sum) * scale
 };
 constexpr int64_t kLongRun = 256;  // 256 * 127 * 255 < 2^24: such an integer is exact as a float
 using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t row_end);
 
-// out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
+// out[m][n] = sum_k x[m][k] w[n][k] + bias[n] + residual[m][n]
 struct LinearArgs {
   PackedWeight w;
   // Integer kernels: what QuantiseArgs made. Float kernels: what PrepareArgs made.
@@ -133,7 +134,7 @@ struct LinearArgs {
   const void* x = nullptr;
   const float* sums = nullptr;
   const float* bias = nullptr;
-  Rows out;
+  Rows out, residual;  // residual.base == nullptr: none
   Storage out_dtype = Storage::f32;
 };
 constexpr int64_t kPanelBytes = 16 << 10;      // decoded weights, in L1 beside what passes over them
@@ -142,15 +143,16 @@ constexpr int64_t kPanelScaleBytes = 8 << 10;  // their scales and offsets
 // kPanelScaleBytes and 128 bytes a row.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
-// x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
+// x to what the float kernels read, [m][row_blocks * 32], zero beyond k: floats (rounded to bf16 first where
 // asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each `run` = 16 or 32.
 struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0, run = 32;
+  int64_t row_blocks = 0;  // as in QuantiseArgs
   bool round_bf16 = false;
   void* out = nullptr;
-  float* sums = nullptr;  // [m][k_blocks * 32 / run]
+  float* sums = nullptr;  // [m][row_blocks * 32 / run]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 

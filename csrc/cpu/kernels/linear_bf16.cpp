@@ -315,7 +315,7 @@ void TW_KERNEL(prepare_bf16)(const PrepareArgs& a, int64_t begin, int64_t end) {
     using T = decltype(t);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = row<const T>(a.x, r);
-      auto* out = static_cast<uint16_t*>(a.out) + r * a.k_blocks * 32;
+      auto* out = static_cast<uint16_t*>(a.out) + r * a.row_blocks * 32;
       for (int64_t kb = 0; kb < a.k_blocks; ++kb, out += 32) {
         alignas(64) bf16 rounded[32];
         for (int i = 0; i < 32; i += W) {
@@ -331,10 +331,10 @@ void TW_KERNEL(prepare_bf16)(const PrepareArgs& a, int64_t begin, int64_t end) {
         }
         const F first = load(rounded), second = load(rounded + W);
         if (a.run == 16) {
-          a.sums[(r * a.k_blocks + kb) * 2] = reduce_add(first);
-          a.sums[(r * a.k_blocks + kb) * 2 + 1] = reduce_add(second);
+          a.sums[(r * a.row_blocks + kb) * 2] = reduce_add(first);
+          a.sums[(r * a.row_blocks + kb) * 2 + 1] = reduce_add(second);
         } else {
-          a.sums[r * a.k_blocks + kb] = reduce_add(add(first, second));
+          a.sums[r * a.row_blocks + kb] = reduce_add(add(first, second));
         }
       }
     }

@@ -313,7 +313,7 @@ template <class T>
 void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* x = row<const T>(a.x, r);
-    int8_t* codes = a.codes + r * a.k_blocks * 32;
+    int8_t* codes = a.codes + r * a.row_blocks * 32;
     float token_scale = 0.0f;
     // Two passes where one scale serves the row; the body of a block is the same.
     const auto amax_of = [&](int64_t kb, F v[32 / W]) {
@@ -358,7 +358,7 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
         TW_UNROLL for (int i = 0; i < 32 / W; ++i)
             store_s8(c + i * W, max_propagate(min_propagate(div(v[i], s), set1(127.0f)), set1(-127.0f)));
       }
-      a.scales[r * a.k_blocks + kb] = scale;
+      a.scales[r * a.row_blocks + kb] = scale;
       for (int i = 0; i < 32; ++i) sum += c[i] * (a.run != 16 || i < 16);
       if (a.run == 16) {
         correct(kb * 2, sum, scale);
