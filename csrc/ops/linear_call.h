@@ -91,12 +91,18 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
     task(*c.args, i % blocks, c.begin, c.end, static_cast<char*>(scratch(Scratch::panel, panel_bytes)));
   };
   const int64_t tasks = static_cast<int64_t>(chunks.size()) * blocks;
-  if (most <= 8) {  // memory bound: each thread streams its own stretch of the weights
+  if (most <= 8) {  // memory bound: threads stream through long stretches of the weights
     const int64_t k = groups.empty() ? 1 : std::max<int64_t>(1, groups[0].args.w.k);
     const int64_t grain = std::max<int64_t>(1, kLinearSerial / (most * 32 * k));
-    parallel_ranges(tasks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) one(i);
-    });
+    // Several a thread, for those that get more of the memory's bandwidth (bench/NOTES.md).
+    const int64_t pieces = std::clamp<int64_t>(tasks / grain, 1, 4 * num_threads());
+    const auto piece = [&](int64_t p) {
+      for (int64_t i = tasks * p / pieces; i < tasks * (p + 1) / pieces; ++i) one(i);
+    };
+    if (pieces == 1)
+      piece(0);
+    else
+      parallel_tasks(pieces, piece);
   } else {
     parallel_tasks(tasks, one);
   }

@@ -125,9 +125,9 @@ void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 t
   }
   Prefetch prefetch = slab.prefetch;
   for (int64_t kb = slab.first; kb < slab.last;) {
-    prefetch.next();
     I dot[MR][2];
     if constexpr (length == Run::half) {
+      prefetch.next();
       StepReader<r> reader(slab.codes, kb - slab.first, pair);
       TW_UNROLL for (int part = 0; part < 2; ++part) {
         start_dots<MR>(a, scales, correction, kb, part, pair, dot);
@@ -139,6 +139,7 @@ void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 t
       const int64_t begin = kb, end = kb + run < slab.last ? kb + run : slab.last;
       start_dots<MR>(a, scales, correction, begin, 0, pair, dot);
       do {
+        prefetch.next();
         StepReader<r> reader(slab.codes, kb - slab.first, pair);
         add_dots<r, kBits, MR, 8>(reader, table, x + kb * 32, x_stride, 0, dot);
         ++kb;
