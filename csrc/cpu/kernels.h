@@ -139,9 +139,10 @@ struct LinearArgs {
 };
 constexpr int64_t kPanelBytes = 16 << 10;      // decoded weights, in L1 beside what passes over them
 constexpr int64_t kPanelScaleBytes = 8 << 10;  // their scales and offsets
-// One block of 32 outputs for rows [m_begin, m_end). panel: memory of this thread, kPanelBytes,
+// Blocks [begin, end) of 32 outputs for rows [m_begin, m_end). panel: memory of this thread, kPanelBytes,
 // kPanelScaleBytes and 128 bytes a row.
-using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
+using LinearKernel = void (*)(const LinearArgs&, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end,
+                              void* panel);
 
 // x to what the float kernels read, [m][row_blocks * 32], zero beyond k: floats (rounded to bf16 first where
 // asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each `run` = 16 or 32.
@@ -329,11 +330,11 @@ using ReadKernel = void (*)(const uint8_t* data, int64_t bytes, int64_t passes);
   void op##_amx __VA_ARGS__;
 
 TW_DECLARE(quantise_rows, (const QuantiseArgs&, int64_t, int64_t))
-TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(linear_int8, (const LinearArgs&, int64_t, int64_t, int64_t, int64_t, void*))
 TW_DECLARE(prepare_f32, (const PrepareArgs&, int64_t, int64_t))
-TW_DECLARE(linear_f32, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(linear_f32, (const LinearArgs&, int64_t, int64_t, int64_t, int64_t, void*))
 TW_DECLARE(prepare_bf16, (const PrepareArgs&, int64_t, int64_t))
-TW_DECLARE(linear_bf16, (const LinearArgs&, int64_t, int64_t, int64_t, void*))
+TW_DECLARE(linear_bf16, (const LinearArgs&, int64_t, int64_t, int64_t, int64_t, void*))
 TW_DECLARE(attention_pack, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_prefill, (const AttentionArgs&, int64_t, void*))
 TW_DECLARE(attention_decode, (const AttentionArgs&, int64_t, void*))

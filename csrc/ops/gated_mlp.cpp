@@ -86,33 +86,40 @@ void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightForma
   };
   const int64_t half = inner / 32;
   if (first.rows_are_finite(0, m)) {
-    run_groups({{first.args, 0, m}}, half, first.chunk(), 256,
-               [&](const LinearArgs&, int64_t block, int64_t begin, int64_t end, char* panel) {
-                 const int64_t count = end - begin;
-                 float* gate = extra_of(panel, count);
-                 for (int part = 0; part < 2; ++part) {
-                   LinearArgs a = first.block(block + part * half, begin);
-                   a.out = Rows{gate + part * count * 32, 1, {count}, {32}};
-                   if (a.bias) a.bias += (block + part * half) * 32;
-                   first.kernel()(a, 0, 0, count, panel);
-                 }
-                 const Rows product{gate, 0, {}, {}}, other{gate + count * 32, 0, {}, {}};
-                 multiply_gate(product, other, product, count * 32, 0, count * 32);
-                 if (blocks_only) {
-                   second.prepare_block(gate, block, begin, count);
-                 } else {
-                   for (int64_t i = 0; i < count; ++i)
-                     std::copy_n(gate + i * 32, 32, whole + (begin + i) * inner + block * 32);
-                 }
+    const auto some_blocks = [&](int64_t block, int64_t blocks, int64_t begin, int64_t end, char* panel) {
+      const int64_t count = end - begin, width = blocks * 32;
+      float* gate = extra_of(panel, count);
+      for (int part = 0; part < 2; ++part) {
+        LinearArgs a = first.from(block + part * half, blocks, begin);
+        a.out = Rows{gate + part * count * width, 1, {count}, {width}};
+        first.kernel()(a, 0, blocks, 0, count, panel);
+      }
+      const Rows product{gate, 0, {}, {}}, other{gate + count * width, 0, {}, {}};
+      multiply_gate(product, other, product, count * width, 0, count * width);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Rows x{gate + i * 32, 1, {count}, {width}};
+        if (blocks_only) {
+          second.prepare_block(x, block + i, begin, count);
+        } else {
+          for (int64_t r = 0; r < count; ++r)
+            std::copy_n(gate + r * width + i * 32, 32, whole + (begin + r) * inner + (block + i) * 32);
+        }
+      }
+    };
+    // As many blocks at a time as kernels read side by side for one row.
+    const int64_t together = m == 1 ? 2 : 1;
+    run_groups({{first.args, 0, m}}, half, first.chunk(), 256 * together,
+               [&](const LinearArgs&, int64_t from, int64_t to, int64_t begin, int64_t end, char* panel) {
+                 for (; from < to; from += together)
+                   some_blocks(from, std::min(together, to - from), begin, end, panel);
                });
   } else {
     LinearArgs a = first.args;
     float* both = whole + m * inner;
     a.out = Rows{both, 1, {m}, {2 * inner}};
     run_groups({{a, 0, m}}, 2 * half, first.chunk(), 0,
-               [&](const LinearArgs& args, int64_t block, int64_t begin, int64_t end, char* panel) {
-                 first.kernel()(args, block, begin, end, panel);
-               });
+               [&](const LinearArgs& args, int64_t from, int64_t to, int64_t begin, int64_t end,
+                   char* panel) { first.kernel()(args, from, to, begin, end, panel); });
     first.redo_rows_not_finite(a, 0, m);
     parallel_ranges(m, 1, [&](int64_t begin, int64_t end) {
       multiply_gate(a.out, Rows{both + inner, 1, {m}, {2 * inner}}, whole_rows, inner, begin * inner,
@@ -126,8 +133,8 @@ void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightForma
   second.args.out_dtype = storage_of(out.dtype);
   if (residual) second.args.residual = rows_of(residual);
   run_groups({{second.args, 0, m}}, w2.n_blocks(), second.chunk(), 0,
-             [&](const LinearArgs& args, int64_t block, int64_t begin, int64_t end, char* panel) {
-               second.kernel()(args, block, begin, end, panel);
+             [&](const LinearArgs& args, int64_t from, int64_t to, int64_t begin, int64_t end, char* panel) {
+               second.kernel()(args, from, to, begin, end, panel);
              });
   second.redo_rows_not_finite(second.args, 0, m);
 }

@@ -198,9 +198,8 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
   call.prepare(rows, dtype, m);
   const std::vector<LinearGroup> groups = groups_of(a, sizes, m, n);
   run_groups(groups, groups[0].args.w.n_blocks(), call.chunk(), 0,
-             [&](const LinearArgs& args, int64_t block, int64_t begin, int64_t end, void* panel) {
-               call.kernel()(args, block, begin, end, panel);
-             });
+             [&](const LinearArgs& args, int64_t first, int64_t last, int64_t begin, int64_t end,
+                 void* panel) { call.kernel()(args, first, last, begin, end, panel); });
   for (const LinearGroup& g : groups) call.redo_rows_not_finite(g.args, g.begin, g.end);
   if (!arranged.outliers.empty()) add_outliers(whole, arranged.outliers, inliers.data(), m);
 }

@@ -133,12 +133,11 @@ void LinearCall::prepare(const Rows& x, Storage dtype, int64_t m) {
   std::fill_n(const_cast<float*>(args.sums), m * k_blocks * args.w.parts(), 0.0f);
 }
 
-void LinearCall::prepare_block(float* x, int64_t kb, int64_t first, int64_t count) {
-  const Rows rows{x, 1, {count}, {32}};
+void LinearCall::prepare_block(const Rows& x, int64_t kb, int64_t first, int64_t count) {
   const int64_t at = first * args.w.k_blocks() + kb, k = std::min<int64_t>(32, args.w.k - kb * 32);
   if (mode_ == Mode::int8) {
     QuantiseArgs q = quantise_args();
-    q.x = rows;
+    q.x = x;
     q.k = k;
     q.k_blocks = 1;
     q.codes += at * 32;
@@ -147,7 +146,7 @@ void LinearCall::prepare_block(float* x, int64_t kb, int64_t first, int64_t coun
     table().quantise_rows.fn(q, 0, count);
   } else {
     PrepareArgs p = prepare_args();
-    p.x = rows;
+    p.x = x;
     p.k = k;
     p.k_blocks = 1;
     p.out = static_cast<char*>(p.out) + at * 32 * (mode_ == Mode::bf16 ? 2 : 4);
@@ -197,11 +196,12 @@ void put_output(const LinearArgs& a, int64_t r, int64_t n, float v) {
   });
 }
 
-LinearArgs LinearCall::block(int64_t block, int64_t row) const {
+LinearArgs LinearCall::from(int64_t block, int64_t blocks, int64_t row) const {
   LinearArgs one = args;
   const int64_t k_blocks = args.w.k_blocks(), sums = k_blocks * args.w.parts();
   one.w.data += block * args.w.block_bytes();
-  one.w.n = 32;
+  one.w.n = blocks * 32;
+  if (args.bias) one.bias += block * 32;
   if (args.codes) {
     one.codes += row * k_blocks * 32;
     one.scales += row * k_blocks;

@@ -30,14 +30,14 @@ class LinearCall {
   int64_t operand_bytes(int64_t m) const;
   void place(void* memory, int64_t m);
   // All of x, (m, k), on the team; or, where by_block(), columns [32 kb, 32 kb + 32) of rows [first, first +
-  // count) on this thread, from x (count, 32).
+  // count) on this thread, from fp32 x (count, 32).
   void prepare(const Rows& x, Storage dtype, int64_t m);
   bool by_block() const { return mode_ != Mode::int8_values && !per_token_; }
-  void prepare_block(float* x, int64_t kb, int64_t first, int64_t count);
+  void prepare_block(const Rows& x, int64_t kb, int64_t first, int64_t count);
 
-  // `args` for the 32 outputs of a block and the rows from `row` on, as if there were no others; out, bias
-  // and residual stay the caller's to set.
-  LinearArgs block(int64_t block, int64_t row) const;
+  // `args` for `blocks` blocks of outputs from `block` on and the rows from `row` on, as if there were no
+  // others; out and residual stay the caller's to set.
+  LinearArgs from(int64_t block, int64_t blocks, int64_t row) const;
 
   // The float kernels multiply x by codes and correct for zero points and minima afterwards, where an
   // infinity would become NaN. Whether rows are free of that, and those of rows [begin, end) that are not
@@ -68,9 +68,9 @@ struct LinearGroup {
   LinearArgs args;
   int64_t begin, end;
 };
-// Calls task(args, block, begin, end, panel) on the team for `blocks` blocks of each group's matrix and at
-// most `chunk` rows at a time; chunks are the outer loop, so that threads share the rows in cache. panel: a
-// kernel's memory, and `extra_bytes` a row behind it (extra_of).
+// Calls task(args, first, last, begin, end, panel) on the team for blocks [first, last) of the `blocks` of
+// each group's matrix and at most `chunk` rows at a time; chunks are the outer loop, so that threads share
+// the rows in cache. panel: a kernel's memory, and `extra_bytes` a row behind it (extra_of).
 template <class Task>
 void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t chunk, int64_t extra_bytes,
                 Task&& task) {
@@ -86,9 +86,9 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
       most = std::max(most, chunks.back().end - m);
     }
   const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + most * (128 + extra_bytes);
-  const auto one = [&](int64_t i) {
-    const Chunk& c = chunks[static_cast<size_t>(i / blocks)];
-    task(*c.args, i % blocks, c.begin, c.end, static_cast<char*>(scratch(Scratch::panel, panel_bytes)));
+  const auto one = [&](size_t chunk, int64_t first, int64_t last) {
+    const Chunk& c = chunks[chunk];
+    task(*c.args, first, last, c.begin, c.end, static_cast<char*>(scratch(Scratch::panel, panel_bytes)));
   };
   const int64_t tasks = static_cast<int64_t>(chunks.size()) * blocks;
   if (most <= 8) {  // memory bound: threads stream through long stretches of the weights
@@ -97,14 +97,19 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
     // Several a thread, for those that get more of the memory's bandwidth (bench/NOTES.md).
     const int64_t pieces = std::clamp<int64_t>(tasks / grain, 1, 4 * num_threads());
     const auto piece = [&](int64_t p) {
-      for (int64_t i = tasks * p / pieces; i < tasks * (p + 1) / pieces; ++i) one(i);
+      for (int64_t i = tasks * p / pieces, end = tasks * (p + 1) / pieces, next; i < end; i = next) {
+        const int64_t chunk = i / blocks, first = i % blocks;
+        next = std::min(end, (chunk + 1) * blocks);
+        one(static_cast<size_t>(chunk), first, first + next - i);
+      }
     };
     if (pieces == 1)
       piece(0);
     else
       parallel_tasks(pieces, piece);
   } else {
-    parallel_tasks(tasks, one);
+    parallel_tasks(tasks,
+                   [&](int64_t i) { one(static_cast<size_t>(i / blocks), i % blocks, i % blocks + 1); });
   }
 }
 inline float* extra_of(char* panel, int64_t rows) {

@@ -342,13 +342,15 @@ void TW_KERNEL(prepare_bf16)(const PrepareArgs& a, int64_t begin, int64_t end) {
 }
 #endif
 
-void TW_KERNEL(linear_bf16)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
+void TW_KERNEL(linear_bf16)(const LinearArgs& a, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end,
+                            void* panel) {
   with_read<true>(a.w, [&](auto as) {
     auto* bytes = static_cast<uint8_t*>(panel);
-    if (a.w.group == 16)
-      run<as.read, 4>(a, block, m_begin, m_end, bytes);
-    else
-      run<as.read, 8>(a, block, m_begin, m_end, bytes);
+    for (int64_t block = begin; block < end; ++block)
+      if (a.w.group == 16)
+        run<as.read, 4>(a, block, m_begin, m_end, bytes);
+      else
+        run<as.read, 8>(a, block, m_begin, m_end, bytes);
   });
 }
 

@@ -230,7 +230,9 @@ void TW_KERNEL(prepare_f32)(const PrepareArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
+namespace {
+
+void one_block(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
   const Block b(a.w, block);
   const int64_t k_blocks = a.w.k_blocks(), m_count = m_end - m_begin;
   float* weights = static_cast<float*>(panel);
@@ -256,6 +258,13 @@ void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t block, int64_t m_begin, 
   });
   for (int64_t m = 0; m < m_count; ++m)
     for (int r = 0; r < 32; r += W) store_outputs(a, block, r, m_begin + m, load(totals + m * 32 + r));
+}
+
+}  // namespace
+
+void TW_KERNEL(linear_f32)(const LinearArgs& a, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end,
+                           void* panel) {
+  for (int64_t block = begin; block < end; ++block) one_block(a, block, m_begin, m_end, panel);
 }
 
 }  // namespace tilewright

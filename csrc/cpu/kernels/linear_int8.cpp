@@ -30,11 +30,14 @@ constexpr int kRows = 1;
 #endif
 constexpr int64_t kUnpackFrom = kRows + 1;
 constexpr int64_t kSlab = kPanelBytes / 1024;  // blocks of 32 k
+constexpr int kSideBySide = 2;  // blocks that one row of x reads at a time: two streams are faster than one
 
 // A stretch of a block: blocks [first, last) of 32 k, whose codes start at `codes`.
+template <class Scales>
 struct Slab {
   const uint8_t* codes;
   int64_t first, last;
+  Scales scales;
   Prefetch prefetch;  // a call a block
 };
 
@@ -109,65 +112,87 @@ TW_INLINE void add_dots(StepReader<r>& reader, Bytes16 table, const int8_t* x, i
 // How long runs are: half a block of 32 k, one, or several.
 enum class Run { half, one, several };
 
-// kBits: 4 if no code exceeds 15.
-template <Read r, int kBits, int MR, Run length, class Scales>
-void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 table, int pair, int64_t m,
-          F total[][2]) {
+// The same stretch of B blocks. kBits: 4 if no code exceeds 15.
+template <Read r, int kBits, int MR, Run length, int B, class Scales>
+void tile(const LinearArgs& a, const Slab<Scales> (&slabs)[B], Bytes16 table, int pair, int64_t m,
+          F total[B][MR][2]) {
+  const int64_t first = slabs[0].first, last = slabs[0].last;
   const int64_t k_blocks = a.w.k_blocks(), x_stride = k_blocks * 32;
   const int8_t* x = a.codes + m * x_stride;
   const float* sx = a.scales + m * k_blocks;
   const int64_t run = length == Run::several ? a.run / 32 : 1;
-  const int32_t* correction = a.corrections + m * a.runs + slab.first / run * (length == Run::half ? 2 : 1);
-  F sum[MR][2];
-  TW_UNROLL for (int i = 0; i < MR; ++i) {
-    sum[i][0] = total[i][0];
-    sum[i][1] = total[i][1];
-  }
-  Prefetch prefetch = slab.prefetch;
-  for (int64_t kb = slab.first; kb < slab.last;) {
-    I dot[MR][2];
-    if constexpr (length == Run::half) {
-      prefetch.next();
-      StepReader<r> reader(slab.codes, kb - slab.first, pair);
-      TW_UNROLL for (int part = 0; part < 2; ++part) {
-        start_dots<MR>(a, scales, correction, kb, part, pair, dot);
-        add_dots<r, kBits, MR, 4>(reader, table, x + kb * 32, x_stride, part * 4, dot);
-        add_scaled<MR>(a, scales, correction++, sx, kb, part, pair, dot, sum);
-      }
-      ++kb;
-    } else {
-      const int64_t begin = kb, end = kb + run < slab.last ? kb + run : slab.last;
-      start_dots<MR>(a, scales, correction, begin, 0, pair, dot);
-      do {
-        prefetch.next();
-        StepReader<r> reader(slab.codes, kb - slab.first, pair);
-        add_dots<r, kBits, MR, 8>(reader, table, x + kb * 32, x_stride, 0, dot);
-        ++kb;
-      } while (length == Run::several && kb < end);
-      add_scaled<MR>(a, scales, correction++, sx, begin, 0, pair, dot, sum);
+  const int32_t* correction = a.corrections + m * a.runs + first / run * (length == Run::half ? 2 : 1);
+  F sum[B][MR][2];
+  Prefetch prefetch[B];
+  TW_UNROLL for (int b = 0; b < B; ++b) {
+    prefetch[b] = slabs[b].prefetch;
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      sum[b][i][0] = total[b][i][0];
+      sum[b][i][1] = total[b][i][1];
     }
   }
-  TW_UNROLL for (int i = 0; i < MR; ++i) {
-    total[i][0] = sum[i][0];
-    total[i][1] = sum[i][1];
+  for (int64_t kb = first; kb < last;) {
+    I dot[B][MR][2];
+    if constexpr (length == Run::half) {
+      TW_UNROLL for (int b = 0; b < B; ++b) {
+        const auto& [codes, begin, end, scales, unused] = slabs[b];
+        prefetch[b].next();
+        StepReader<r> reader(codes, kb - first, pair);
+        TW_UNROLL for (int part = 0; part < 2; ++part) {
+          start_dots<MR>(a, scales, correction + part, kb, part, pair, dot[b]);
+          add_dots<r, kBits, MR, 4>(reader, table, x + kb * 32, x_stride, part * 4, dot[b]);
+          add_scaled<MR>(a, scales, correction + part, sx, kb, part, pair, dot[b], sum[b]);
+        }
+      }
+      correction += 2;
+      ++kb;
+    } else {
+      const int64_t begin = kb, end = kb + run < last ? kb + run : last;
+      TW_UNROLL for (int b = 0; b < B; ++b)
+          start_dots<MR>(a, slabs[b].scales, correction, begin, 0, pair, dot[b]);
+      do {
+        TW_UNROLL for (int b = 0; b < B; ++b) {
+          prefetch[b].next();
+          StepReader<r> reader(slabs[b].codes, kb - first, pair);
+          add_dots<r, kBits, MR, 8>(reader, table, x + kb * 32, x_stride, 0, dot[b]);
+        }
+        ++kb;
+      } while (length == Run::several && kb < end);
+      TW_UNROLL for (int b = 0; b < B; ++b)
+          add_scaled<MR>(a, slabs[b].scales, correction, sx, begin, 0, pair, dot[b], sum[b]);
+      ++correction;
+    }
+  }
+  TW_UNROLL for (int b = 0; b < B; ++b) {
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      total[b][i][0] = sum[b][i][0];
+      total[b][i][1] = sum[b][i][1];
+    }
   }
 }
 
-// Few rows: all of k in one go, codes decoded in registers.
-template <Read r, int kMost, Run length>
-void few_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t begin, int64_t end) {
+// Few rows and B blocks from `block` on: all of k in one go, codes decoded in registers.
+template <Read r, int kMost, Run length, int B>
+void few_rows(const LinearArgs& a, int64_t block, int64_t begin, int64_t end) {
   const ByteTable values(a.w);
   const Bytes16 table = load_bytes16(values.bytes);
+  const bool heads = a.w.offset == Offset::none && a.w.scale != Scale::two_level;
+  Slab<StoredScales> slabs[B];
+  for (int i = 0; i < B; ++i) {
+    const Block b(a.w, block + i);
+    slabs[i] = {b.codes, 0, a.w.k_blocks(), {b}, {b.codes + Prefetch::kDistance, code_block_bytes(r), heads}};
+  }
   in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     for (int pair = 0; pair < kPairs; ++pair) {
-      F acc[rows.n][2];
-      for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-      const Slab all{b.codes, 0, a.w.k_blocks(), {b.codes + Prefetch::kDistance, code_block_bytes(r)}};
-      tile<r, r == Read::nibbles ? 4 : 8, rows.n, length>(a, StoredScales{b}, all, table, pair, m, acc);
-      for (int i = 0; i < rows.n; ++i) {
-        store_outputs(a, block, pair_row(pair, 0), m + i, acc[i][0]);
-        store_outputs(a, block, pair_row(pair, 1), m + i, acc[i][1]);
-      }
+      F acc[B][rows.n][2];
+      for (int b = 0; b < B; ++b)
+        for (int i = 0; i < rows.n; ++i) acc[b][i][0] = acc[b][i][1] = zero();
+      tile<r, r == Read::nibbles ? 4 : 8, rows.n, length>(a, slabs, table, pair, m, acc);
+      for (int b = 0; b < B; ++b)
+        for (int i = 0; i < rows.n; ++i) {
+          store_outputs(a, block + b, pair_row(pair, 0), m + i, acc[b][i][0]);
+          store_outputs(a, block + b, pair_row(pair, 1), m + i, acc[b][i][1]);
+        }
     }
   });
 }
@@ -193,23 +218,22 @@ void unpack(const PackedWeight& w, const uint8_t* codes, int64_t first, int64_t 
 }
 
 template <int kBits, Run length>
-void all_rows(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t begin, int64_t end,
-              float* totals) {
+void all_rows(const LinearArgs& a, const Slab<PanelScales>& slab, int64_t begin, int64_t end, float* totals) {
   in_even_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
     for (int pair = 0; pair < kPairs; ++pair) {
       float* at = totals + m * 32;
       const int r0 = pair_row(pair, 0), r1 = pair_row(pair, 1);
-      F acc[rows.n][2];
+      F acc[1][rows.n][2];
       TW_UNROLL for (int i = 0; i < rows.n; ++i) {
-        acc[i][0] = load(at + i * 32 + r0);
-        acc[i][1] = load(at + i * 32 + r1);
+        acc[0][i][0] = load(at + i * 32 + r0);
+        acc[0][i][1] = load(at + i * 32 + r1);
       }
-      Slab now = slab;
-      if (m > 0 || pair > 0) now.prefetch = {};  // once is enough
-      tile<Read::bytes, kBits, rows.n, length>(a, scales, now, Bytes16{}, pair, begin + m, acc);
+      Slab<PanelScales> now[1] = {slab};
+      if (m > 0 || pair > 0) now[0].prefetch = {};  // once is enough
+      tile<Read::bytes, kBits, rows.n, length>(a, now, Bytes16{}, pair, begin + m, acc);
       TW_UNROLL for (int i = 0; i < rows.n; ++i) {
-        store(at + i * 32 + r0, acc[i][0]);
-        store(at + i * 32 + r1, acc[i][1]);
+        store(at + i * 32 + r0, acc[0][i][0]);
+        store(at + i * 32 + r1, acc[0][i][1]);
       }
     }
   });
@@ -218,9 +242,10 @@ void all_rows(const LinearArgs& a, const PanelScales& scales, const Slab& slab, 
 #if defined(TW_TILES)
 // Blocks [first, last) of a slab in runs of `run`, whose products are made `step` = 1 or 2 blocks at a time.
 template <int MR, Run length>
-TW_INLINE void tiled_runs(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t first,
-                          int64_t last, int64_t run, int64_t step, int64_t m, int rows, float* totals) {
+TW_INLINE void tiled_runs(const LinearArgs& a, const Slab<PanelScales>& slab, int64_t first, int64_t last,
+                          int64_t run, int64_t step, int64_t m, int rows, float* totals) {
   const int64_t k_blocks = a.w.k_blocks(), x_stride = k_blocks * 32;
+  const PanelScales& scales = slab.scales;
   const int8_t* x = a.codes + m * x_stride;
   const float* sx = a.scales + m * k_blocks;
   const int32_t* correction = a.corrections + m * a.runs + first / run;
@@ -252,8 +277,8 @@ TW_INLINE void tiled_runs(const LinearArgs& a, const PanelScales& scales, const 
 }
 
 template <Run length>
-void all_rows_in_tiles(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t begin,
-                       int64_t end, float* totals) {
+void all_rows_in_tiles(const LinearArgs& a, const Slab<PanelScales>& slab, int64_t begin, int64_t end,
+                       float* totals) {
   const int64_t run = length == Run::several ? a.run / 32 : 1, blocks = slab.last - slab.first;
   Prefetch prefetch = slab.prefetch;
   for (int64_t kb = 0; kb < blocks; ++kb) prefetch.next();
@@ -262,8 +287,8 @@ void all_rows_in_tiles(const LinearArgs& a, const PanelScales& scales, const Sla
   const auto part = [&](int64_t first, int64_t last, int step) {
     if (first == last) return;
     in_tiled_rows(end - begin, step * 32, [&](int64_t m, int rows, auto tiles) {
-      tiled_runs<tiles.n, length>(a, scales, slab, slab.first + first, slab.first + last, run, step,
-                                  begin + m, rows, totals + m * 32);
+      tiled_runs<tiles.n, length>(a, slab, slab.first + first, slab.first + last, run, step, begin + m, rows,
+                                  totals + m * 32);
     });
   };
   part(0, full, 2);
@@ -279,12 +304,9 @@ constexpr int kPanelBits = 8;
 #endif
 
 template <Read r, Run length>
-void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
+void many_rows(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
   const Block b(a.w, block);
   const int64_t m_count = m_end - m_begin, k_blocks = a.w.k_blocks();
-  if (m_count == 1) return few_rows<r, 1, length>(a, b, block, m_begin, m_end);
-  if constexpr (r == Read::nibbles && length == Run::one)  // the common case is worth tiles of its own
-    if (m_count < kUnpackFrom) return few_rows<r, kRows, length>(a, b, block, m_begin, m_end);
   auto* totals = reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes);
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
   const int64_t run_blocks = length == Run::several ? a.run / 32 : 1,
@@ -296,17 +318,39 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     const PanelScales scales(b, a.w.offset, first, last, panel);
     Prefetch next{b.codes + last * code_block_bytes(r), code_block_bytes(r)};
     if (last == k_blocks) next = {};
-    const Slab slab{codes, first, last, next};
+    const Slab<PanelScales> slab{codes, first, last, scales, next};
 #if defined(TW_TILES)
     if constexpr (length != Run::half) {
-      all_rows_in_tiles<length>(a, scales, slab, m_begin, m_end, totals);
+      all_rows_in_tiles<length>(a, slab, m_begin, m_end, totals);
       continue;
     }
 #endif
-    all_rows<r == Read::nibbles ? kPanelBits : 8, length>(a, scales, slab, m_begin, m_end, totals);
+    all_rows<r == Read::nibbles ? kPanelBits : 8, length>(a, slab, m_begin, m_end, totals);
   }
   for (int64_t m = 0; m < m_count; ++m)
     for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
+}
+
+template <Read r, Run length>
+void run(const LinearArgs& a, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end, uint8_t* panel) {
+  const int64_t m_count = m_end - m_begin;
+  for (int64_t block = begin; block < end;) {
+    if (m_count == 1 && block + kSideBySide <= end) {
+      few_rows<r, 1, length, kSideBySide>(a, block, m_begin, m_end);
+      block += kSideBySide;
+      continue;
+    }
+    if (m_count == 1) {
+      few_rows<r, 1, length, 1>(a, block++, m_begin, m_end);
+      continue;
+    }
+    if constexpr (r == Read::nibbles && length == Run::one)  // the common case is worth tiles of its own
+      if (m_count < kUnpackFrom) {
+        few_rows<r, kRows, length, 1>(a, block++, m_begin, m_end);
+        continue;
+      }
+    many_rows<r, length>(a, block++, m_begin, m_end, panel);
+  }
 }
 
 #if !defined(TW_TILES)
@@ -384,15 +428,16 @@ void TW_KERNEL(quantise_rows)(const QuantiseArgs& a, int64_t begin, int64_t end)
 }
 #endif
 
-void TW_KERNEL(linear_int8)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
+void TW_KERNEL(linear_int8)(const LinearArgs& a, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end,
+                            void* panel) {
   with_read<false>(a.w, [&](auto as) {
     auto* bytes = static_cast<uint8_t*>(panel);
     if (a.run == 16)
-      run<as.read, Run::half>(a, block, m_begin, m_end, bytes);
+      run<as.read, Run::half>(a, begin, end, m_begin, m_end, bytes);
     else if (a.run == 32)
-      run<as.read, Run::one>(a, block, m_begin, m_end, bytes);
+      run<as.read, Run::one>(a, begin, end, m_begin, m_end, bytes);
     else
-      run<as.read, Run::several>(a, block, m_begin, m_end, bytes);
+      run<as.read, Run::several>(a, begin, end, m_begin, m_end, bytes);
   });
 }
 

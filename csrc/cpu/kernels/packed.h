@@ -90,6 +90,7 @@ struct Block {
   float unit;             // of a table's values, a power of two
   int blocks_per_group, parts;
 
+  Block() = default;
   TW_INLINE Block(const PackedWeight& w, int64_t block) {
     codes = w.data + block * w.block_bytes();
     scales = codes + w.code_bytes();
@@ -136,7 +137,7 @@ struct Block {
 // Scales and offsets where a tile wants them: of part `part` of block kb, W rows from `row` on. As they are
 // stored, for tiles that pass over a weight once, ...
 struct StoredScales {
-  const Block& block;
+  Block block;
   TW_INLINE F scale(int64_t kb, int part, int row) const {
     return block.scale(block.group(kb, part), kb, row);
   }
@@ -229,8 +230,13 @@ struct Prefetch {
   static constexpr int64_t kDistance = 4096;
   const uint8_t* at = nullptr;
   int bytes = 0;
+  // Where two streams are read the processor itself follows them, once it has seen the head of a page; beside
+  // the scales and minima of two levels it does not.
+  bool heads = false;
+  static constexpr uintptr_t kPage = 4096, kHead = 512;
   TW_INLINE void next() {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    if (!heads || (reinterpret_cast<uintptr_t>(at) & (kPage - 1)) < kHead)
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += bytes;
   }
 };
