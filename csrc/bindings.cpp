@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/table.h"
@@ -114,6 +115,26 @@ void fill_handles(bool use_dlpack) {
   }
 }
 
+py::tuple read_strings(const py::buffer& buffer, int64_t at, int64_t count, uint64_t longest) {
+  const py::buffer_info bytes = buffer.request();
+  const int64_t size = bytes.size * bytes.itemsize;
+  const auto* data = static_cast<const char*>(bytes.ptr);
+  py::list found;
+  for (int64_t i = 0; i < count && at >= 0 && at + 8 <= size; ++i) {
+    uint64_t length;
+    std::memcpy(&length, data + at, 8);
+    if (length > longest || length > static_cast<uint64_t>(size - at - 8)) break;
+    PyObject* text = PyUnicode_DecodeUTF8(data + at + 8, static_cast<Py_ssize_t>(length), "strict");
+    if (!text) {
+      PyErr_Clear();
+      break;
+    }
+    found.append(py::reinterpret_steal<py::object>(text));
+    at += 8 + static_cast<int64_t>(length);
+  }
+  return py::make_tuple(found, at);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -209,6 +230,10 @@ PYBIND11_MODULE(_C, m) {
           py::make_tuple(t.name, int(t.codes), t.group, int(t.offset), int(t.scale), t.columns, t.bytes));
     return types;
   });
+  m.def("read_strings", &read_strings,
+        "Up to `count` strings, each a uint64 length and UTF-8, from `at` on, and where the reader stopped: "
+        "at the "
+        "first that is cut off, longer than `longest` or no UTF-8.");
   m.def("pack_gguf", [](const TensorView& raw, const std::string& type, const TensorView& out, int64_t n,
                         int64_t k) { launch([&] { pack_gguf(raw, type, out, n, k); }); });
   m.def("weight_rows", [](const TensorView& index, const TensorView& packed, int64_t n, int64_t k, int codes,

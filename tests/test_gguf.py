@@ -185,7 +185,7 @@ LIES: dict[str, tuple[File | bytes, str]] = {
     "text": (File(keys=[key("k", STR, string(b"\xc3"))]), r"k: expected UTF-8 text"),
     "text in array": (
         File(keys=[key("k", ARR, array(STR, 2, string("a") + string(b"\xff")))]),
-        r"k: expected UTF-8 text in element 1",
+        r"k\[1\]: expected UTF-8 text",
     ),
     "text length": (
         File(keys=[key("k", STR, struct.pack("<Q", 2**40))]),
@@ -193,7 +193,7 @@ LIES: dict[str, tuple[File | bytes, str]] = {
     ),
     "text length in array": (
         File(keys=[key("k", ARR, array(STR, 1, struct.pack("<Q", 2**63)))]),
-        r"k: expected 9223372036854775808 more bytes",
+        r"k\[0\]: expected 9223372036854775808 more bytes",
     ),
     "array count": (
         File(keys=[key("k", ARR, array(U8, 2**62, b""))]),

@@ -47,6 +47,10 @@ class HFFolder:
         """The tensor as a view of its file (a copy where the file has it misaligned for its dtype)."""
         return self._shard(name).tensor(name)
 
+    def expect(self, name: str) -> None:
+        """Have the kernel read the tensor ahead."""
+        self._shard(name).expect(name)
+
     def release(self, name: str) -> None:
         """Give the tensor's pages back to the system. Its views stay valid and load them again when read."""
         self._shard(name).release(name)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tilewright import _C
+
 from .errors import FormatError
 from .mapped import MappedFile
 
@@ -104,6 +106,11 @@ class GGUFFile:
         tensor = self._tensor(name)
         rows = math.prod(tensor.shape[:-1])
         return self._mapped().view(tensor.offset, tensor.nbytes).view(rows, -1)
+
+    def expect(self, name: str) -> None:
+        """Have the kernel read the tensor ahead."""
+        tensor = self._tensor(name)
+        self._mapped().expect(tensor.offset, tensor.nbytes)
 
     def release(self, name: str) -> None:
         """Give the tensor's pages back to the system. Its views stay valid and load them again when read."""
@@ -276,24 +283,12 @@ class _Parser:
         return self.scalars(item_type, count)
 
     def strings(self, count: int) -> list[str]:
-        """An array of strings: the vocabulary's 100,000 are most of the parse, hence the bare loop."""
+        """An array of strings: the vocabulary's 100,000 are most of the parse, hence in C++."""
         self.need(count * 8)
-        buffer, size, pos, length_at = self.buffer, self.size, self.pos, _U64.unpack_from
-        out: list[str] = []
-        try:
-            for _ in range(count):
-                end = pos + 8 + length_at(buffer, pos)[0]
-                if end > size or end - pos > _MAX_STRING:
-                    self.pos = pos
-                    self.string()  # raises the right error
-                out.append(buffer[pos + 8 : end].decode())
-                pos = end
-        except UnicodeDecodeError as err:
-            raise self.error(f"expected UTF-8 text in element {len(out)}, got {_short(err.object)}") from None
-        except struct.error:
-            self.pos = pos
-            self.need(8)
-        self.pos = pos
+        out, self.pos = _C.read_strings(self.buffer, self.pos, count, _MAX_STRING)
+        if len(out) < count:
+            self.field = f"{self.field}[{len(out)}]"
+            self.string()  # raises the right error
         return out
 
     def scalars(self, type_id: int, count: int) -> list[Any]:

@@ -43,6 +43,13 @@ class MappedFile:
         """uint8 view (nbytes,) of the file from `offset`; no copy. The caller has checked the range."""
         return self._bytes[offset : offset + nbytes]
 
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Have the kernel read the bytes ahead; without this a file that is not in memory comes in small pieces, each
+        waited for."""
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if nbytes > 0 and hasattr(mmap, "MADV_WILLNEED"):
+            self.buffer.madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
+
     def drop(self, offset: int, nbytes: int) -> None:
         """Give the whole pages inside [offset, offset + nbytes) back; a later read loads them again.
 

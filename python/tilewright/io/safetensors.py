@@ -81,6 +81,11 @@ class SafetensorsFile:
             data = data.clone()
         return data.view(record.dtype).view(record.shape)
 
+    def expect(self, name: str) -> None:
+        """Have the kernel read the tensor ahead."""
+        record = self._tensor(name)
+        self._mapped().expect(record.offset, record.nbytes)
+
     def release(self, name: str) -> None:
         """Give the tensor's pages back to the system. Its views stay valid and load them again when read."""
         record = self._tensor(name)

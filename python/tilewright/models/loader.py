@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,11 @@ class _Loader:
         check_tensors(self.source)
         shapes = self.source.shapes
         units = sorted(self.units(), key=lambda unit: -sum(prod(shapes[f"{name}.weight"]) for name in unit[1]))
-        modules = {slot: self.matrix(names) for slot, names in units}
+        modules = {}
+        for (slot, names), (_, following) in zip_longest(units, units[1:], fillvalue=(None, ())):
+            for name in following:  # comes from the disk while this unit is packed
+                self.source.expect(f"{name}.weight")
+            modules[slot] = self.matrix(names)
         layers = [
             DecoderLayer(
                 self.vector(self.names.attention_norm.format(i)),

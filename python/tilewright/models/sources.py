@@ -89,6 +89,10 @@ class GGUFSource:
         if _ROPE_FACTORS in self.shapes:
             self._take_rope_factors()
 
+    def expect(self, name: str) -> None:
+        """Have the kernel read the tensor ahead."""
+        self.file.expect(name)
+
     def load(self, name: str) -> Matrix:
         """The tensor: packed as it is, or dense (a view of the file)."""
         kind, raw = self.file.tensors[name].type_name, self.file.raw(name)
@@ -149,6 +153,11 @@ class FolderSource:
         self.generation_config = given.over(_token_ids(self.config))
         self.generation_config.extra = given.extra
         self._check_tie()
+
+    def expect(self, name: str) -> None:
+        """Have the kernel read the tensor ahead."""
+        for file in self.quantised[name].tensors.values() if name in self.quantised else (name,):
+            self.folder.expect(file)
 
     def load(self, name: str) -> Matrix:
         """The tensor: packed where the file has it quantised, else a view of the file."""
