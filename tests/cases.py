@@ -67,7 +67,7 @@ class AttentionCase:
 
 Case = AttentionCase
 # Kernel blocks (csrc/cpu/kernels.h): vectors of 8 or 16 keys, decode blocks of 64 and chunks of 256 keys, prefill
-# blocks of 128 keys and 48 rows; up to 16 rows (queries x heads of a group) decode.
+# blocks of 256 keys and 96 rows; up to 16 rows (queries x heads of a group) decode.
 KEY_BORDERS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 511, 512, 513)
 ROW_BORDERS = (15, 16, 17, 47, 48, 49, 95, 96, 97, 127, 128, 129, 145, 193, 257)
 DIMS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 80, 96, 112, 127, 128, 129, 192, 255, 256)

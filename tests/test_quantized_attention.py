@@ -35,7 +35,7 @@ class Case:
         return self.name
 
 
-# Blocks of 16 lanes, 32 codes, 64 keys of a tile, 128 of a prefill block, 256 of a decode chunk.
+# Blocks of 16 lanes, 32 codes, 64 keys of a tile, 256 of a prefill block and of a decode chunk.
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 600)
 CASES = [
     *(Case(f"{b}bits_keys_{n}_q{s}", b, s, n, 40, 2) for b in BITS for n in LENGTHS for s in (1, 5, 40)),

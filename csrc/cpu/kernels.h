@@ -237,8 +237,8 @@ struct AttentionGradArgs {
 };
 constexpr int64_t kGradRows = 66;  // query rows per step of the gradient: 11 register tiles of 6
 
-constexpr int64_t kKeyBlock = 128;   // keys per softmax step in prefill; chosen with kQueryRows so that
-constexpr int64_t kQueryRows = 48;   // scores and probabilities (36 KiB) stay in L2 beside one K and V block
+constexpr int64_t kKeyBlock = 256;   // keys per softmax step in prefill; chosen with kQueryRows so that
+constexpr int64_t kQueryRows = 96;   // scores and probabilities (144 KiB) stay in L2 beside one K and V block
 constexpr int64_t kDecodeRows = 16;  // at most this many (query, head of the group) rows: the decode kernel
 constexpr int64_t kDecodeChunk = 256;  // keys per decode task, and per softmax step
 // Bytes a packed K or V block needs, and the scratch of one task, at any level.
