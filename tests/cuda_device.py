@@ -11,6 +11,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -46,11 +47,13 @@ def _cuda_include() -> Path:
 
 
 @functools.cache
-def _headers() -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh")):
-        digest.update(path.read_bytes())
-    return digest.digest()
+def _included(source: Path) -> frozenset[Path]:
+    """The source and the project's headers that it includes, directly or not."""
+    found = {source}
+    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+        path = next(p for p in (source.parent / name, CSRC / name) if p.exists())
+        found |= _included(path.resolve())
+    return frozenset(found)
 
 
 def _compiled(source: Path) -> Path:
@@ -63,7 +66,8 @@ def _compiled(source: Path) -> Path:
         command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-I", str(CSRC), *include, *built_for]
         if shutil.which("ccache"):
             command.insert(0, "ccache")
-    digest = hashlib.sha256(" ".join(command).encode() + _headers() + source.read_bytes()).hexdigest()[:16]
+    read = b"".join(path.read_bytes() for path in sorted(_included(source)))
+    digest = hashlib.sha256(" ".join(command).encode() + read).hexdigest()[:16]
     target = BUILD / "cuda" / f"{source.stem}-{digest}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

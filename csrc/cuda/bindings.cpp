@@ -52,4 +52,29 @@ PYBIND11_MODULE(_cuda, m) {
                       const TensorView& out, const std::string& activation) {
     unlocked([&] { gpu::act_mul(where(device, stream), gate, up, out, activation); });
   });
+  m.def("rope", [](int device, uintptr_t stream, const TensorView& q, const TensorView& k,
+                   const TensorView& cos, const TensorView& sin, const TensorView& positions,
+                   const TensorView& out_q, const TensorView& out_k, bool interleaved,
+                   std::optional<int64_t> rotary_dim) {
+    unlocked([&] {
+      gpu::rope(where(device, stream), q, k, {cos, sin, interleaved, rotary_dim}, positions, out_q, out_k);
+    });
+  });
+  m.def("kv_append", [](int device, uintptr_t stream, const TensorView& cache_k, const TensorView& cache_v,
+                        const TensorView& k, const TensorView& v, const TensorView& positions,
+                        const TensorView& block_table, const TensorView& cache_seqlens) {
+    unlocked([&] {
+      gpu::kv_append(where(device, stream), {cache_k, cache_v, positions, block_table, cache_seqlens}, k, v);
+    });
+  });
+  m.def("rope_append",
+        [](int device, uintptr_t stream, const TensorView& q, const TensorView& k, const TensorView& v,
+           const TensorView& cos, const TensorView& sin, const TensorView& cache_k, const TensorView& cache_v,
+           const TensorView& positions, const TensorView& block_table, const TensorView& cache_seqlens,
+           bool interleaved, std::optional<int64_t> rotary_dim, const TensorView& out) {
+          unlocked([&] {
+            gpu::rope_append(where(device, stream), q, k, v, {cos, sin, interleaved, rotary_dim},
+                             {cache_k, cache_v, positions, block_table, cache_seqlens}, out);
+          });
+        });
 }
