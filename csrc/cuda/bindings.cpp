@@ -77,4 +77,15 @@ PYBIND11_MODULE(_cuda, m) {
                              {cache_k, cache_v, positions, block_table, cache_seqlens}, out);
           });
         });
+  m.def("linear",
+        [](int device, uintptr_t stream, const TensorView& x, const TensorView& codes,
+           const TensorView& scales, const TensorView& offsets, int bits, int middle, int64_t group,
+           int64_t k, const std::string& offset, const TensorView& bias, const TensorView& group_sizes,
+           const std::string& activation, const TensorView& workspace, const TensorView& out) {
+          unlocked([&] {
+            gpu::linear(where(device, stream), x, {codes, scales, offsets, bits, middle, group, k, offset},
+                        bias, group_sizes, activation, workspace, out);
+          });
+        });
+  m.def("linear_workspace_bytes", &gpu::linear_workspace_bytes);
 }

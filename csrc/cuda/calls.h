@@ -47,4 +47,19 @@ void rope(Where where, const TensorView& q, const TensorView& k, const RopeInput
 void rope_append(Where where, const TensorView& q, const TensorView& k, const TensorView& v,
                  const RopeInputs& rope, const CacheInputs& caches, const TensorView& out);
 
+// A weight in the GPU's order (python/tilewright/quant/gpu_weight.py). offset: "none", "zero", "min".
+struct GpuWeightInputs {
+  const TensorView &codes, &scales, &offsets;
+  int bits = 4, middle = 8;
+  int64_t group = 0, k = 0;
+  const std::string& offset;
+};
+// x (m, k), out (m, n), bias float32. activation: "float", which multiplies in x's type, bf16 or fp16;
+// "int8", "int8_token", which need a workspace of linear_workspace_bytes(m, k). group_sizes, int64 (experts):
+// the weight's rows are those of so many matrices.
+void linear(Where where, const TensorView& x, const GpuWeightInputs& weight, const TensorView& bias,
+            const TensorView& group_sizes, const std::string& activation, const TensorView& workspace,
+            const TensorView& out);
+int64_t linear_workspace_bytes(int64_t m, int64_t k);
+
 }  // namespace tilewright::cuda
