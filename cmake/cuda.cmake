@@ -32,11 +32,14 @@ find_package(CUDAToolkit REQUIRED)
 
 add_library(cuda_kernels OBJECT
   csrc/cuda/act_mul.cu
+  csrc/cuda/gather.cu
+  csrc/cuda/kv_quant.cu
   csrc/cuda/linear_gemm.cu
   csrc/cuda/linear_gemv.cu
   csrc/cuda/linear_int8.cu
   csrc/cuda/norm.cu
   csrc/cuda/rope.cu
+  csrc/cuda/sample.cu
 )
 # The C++ compiler's warnings do not suit nvcc's generated code.
 set_target_properties(cuda_kernels PROPERTIES COMPILE_OPTIONS "" CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)

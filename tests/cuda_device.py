@@ -146,13 +146,13 @@ def reports(launches: Sequence[Launch]) -> dict[str, Report]:
 
 
 def never_executed(launches: Sequence[Launch]) -> list[str]:
-    """The instructions of the launched kernels that no warp executed. A branch that is never taken is none: what it
-    would jump over or to is looked at."""
+    """The instructions of the launched kernels that no warp executed. Branches are none: what they would jump over or
+    to is looked at."""
     return [
         f"{name}: {i}"
         for name, report in reports(launches).items()
         for i in report.never_executed()
-        if not (i.text.startswith("@") and " bra" in i.text)
+        if not re.match(r"(@!?%p\d+ )?bra", i.text)
     ]
 
 

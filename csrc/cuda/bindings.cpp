@@ -88,4 +88,25 @@ PYBIND11_MODULE(_cuda, m) {
           });
         });
   m.def("linear_workspace_bytes", &gpu::linear_workspace_bytes);
+  m.def("kv_append_quantized",
+        [](int device, uintptr_t stream, const TensorView& k_codes, const TensorView& v_codes,
+           const TensorView& k_scales, const TensorView& v_scales, const TensorView& k_tail,
+           const TensorView& v_tail, const TensorView& counts, int64_t bits, int64_t group_size,
+           int64_t residual, int64_t max_len, int64_t head_dim, const TensorView& k, const TensorView& v) {
+          unlocked([&] {
+            gpu::kv_append_quantised(where(device, stream),
+                                     {k_codes, v_codes, k_scales, v_scales, k_tail, v_tail, counts, bits,
+                                      group_size, residual, max_len, head_dim},
+                                     k, v);
+          });
+        });
+  m.def("gather", [](int device, uintptr_t stream, const TensorView& from, const TensorView& from_index,
+                     const TensorView& to_index, const TensorView& to) {
+    unlocked([&] { gpu::gather(where(device, stream), from, from_index, to_index, to); });
+  });
+  m.def("sample", [](int device, uintptr_t stream, const TensorView& logits, const TensorView& uniform,
+                     const TensorView& out, double temperature, int64_t top_k, double top_p, double min_p) {
+    unlocked(
+        [&] { gpu::sample(where(device, stream), logits, uniform, out, temperature, top_k, top_p, min_p); });
+  });
 }

@@ -62,4 +62,21 @@ void linear(Where where, const TensorView& x, const GpuWeightInputs& weight, con
             const TensorView& out);
 int64_t linear_workspace_bytes(int64_t m, int64_t k);
 
+// The tensors and numbers of a QuantizedKV. Its counts stay on the device: a call without room writes
+// nothing.
+struct QuantisedCacheInputs {
+  const TensorView &k_codes, &v_codes, &k_scales, &v_scales, &k_tail, &v_tail, &counts;
+  int64_t bits = 8, group_size = 32, residual = 32, max_len = 0, head_dim = 0;
+};
+void kv_append_quantised(Where where, const QuantisedCacheInputs& kv, const TensorView& k,
+                         const TensorView& v);
+// to[to_index[i]] = from[from_index[i]], both (rows, heads, tokens, dim) of one dtype; an absent index
+// counts.
+void gather(Where where, const TensorView& from, const TensorView& from_index, const TensorView& to_index,
+            const TensorView& to);
+
+// temperature 0: the first maximum, without uniform. A row from which nothing can be drawn gives -1.
+void sample(Where where, const TensorView& logits, const TensorView& uniform, const TensorView& out,
+            double temperature, int64_t top_k, double top_p, double min_p);
+
 }  // namespace tilewright::cuda
