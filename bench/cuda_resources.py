@@ -30,16 +30,15 @@ _PROCESSOR = {
 
 def dynamic_shared(kernel: str) -> int:
     """Bytes that a launcher asks for at most, of a kernel's demangled name: the `Layout` of its file."""
-    numbers = re.search(
-        r"(gemm|integer)_kernel<.*?(\d+), .*?Shape<(\d+), (\d+), (\d+), (\d+), (\d+)>(?:, (\w+))?", kernel
-    )
+    shape = r"(gemm|integer)_kernel<(?:\w+, )?([48]), .*?Shape<(\d+), (\d+), \d+, \d+, \d+>\s?(?:, (\w+))?"
+    numbers = re.search(shape, kernel)
     if numbers is None:
         return 0
     bits, bm, bn = int(numbers[2]), int(numbers[3]), int(numbers[4])
     if numbers[1] == "gemm":
         return 3 * (bm * 128 + bn * 8 * bits) + 2 * 4 * (bn + 8) * 8
     parts = 2 if bm < 128 else 1  # scales within 32 columns; the largest tile is not used with two
-    row = numbers[8] == "true"
+    row = numbers[5] in ("true", "1")
     return 3 * (bm * 128 + bn * 16 * bits + bm * 16 * (1 if row else 1 + parts)) + 2 * 4 * parts * (bn + 8) * 8
 
 

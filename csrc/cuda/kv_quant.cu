@@ -185,21 +185,23 @@ __global__ void __launch_bounds__(kThreads)
   const bool values = blockIdx.x % 2;
   auto* tail =
       reinterpret_cast<bf16*>(a.tails[values]) + int64_t{slot} * (a.residual + a.group - 1) * a.head_dim;
-  const auto copy = [&](int begin, int end) {
+  // `moved` rows at a time: they land before those that are read.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (end - begin) * a.head_dim; i += kThreads) {
-      const int token = begin + i / a.head_dim;
-      const int channel = static_cast<int>(i % a.head_dim);
-      tail[(token - counts.whole) * a.head_dim + channel] =
-          from_float<bf16>(channel_of<T>(a, counts, values, slot, token, channel));
-    }
-  };
-  if (moved > 0)  // `moved` rows at a time: they land before those that are read
-    for (int token = counts.whole; token < counts.length; token += moved) {
-      copy(token, min(token + moved, counts.length));
-      __syncthreads();
-    }
-  copy(max(counts.length, counts.whole), length);
+  for (int token = counts.whole; moved > 0 && token < counts.length; token += moved) {
+    const int rows = min(moved, counts.length - token);
+    bf16* const to = tail + int64_t{token - counts.whole} * a.head_dim;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * a.head_dim; i += kThreads)
+      to[i] = to[i + int64_t{moved} * a.head_dim];
+    __syncthreads();
+  }
+  const int first = max(counts.length, counts.whole);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (length - first) * a.head_dim; i += kThreads) {
+    const int token = first + i / a.head_dim, channel = i % a.head_dim;
+    tail[int64_t{token - counts.whole} * a.head_dim + channel] =
+        from_float<bf16>(to_float(new_row<T>(a, values, slot, token - counts.length)[channel]));
+  }
 }
 
 __global__ void count_kernel(const __grid_constant__ QuantisedAppendArgs a) {
