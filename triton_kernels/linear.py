@@ -170,8 +170,8 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
     column = byte if BITS == 8 else byte // 32 * 64 + byte % 32
     start = codes + row.to(tl.int64)[:, None] * code_stride + byte[None, :]
     sums = ()
-    for r in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, BYTES], tl.float32),)
+    for _ in tl.static_range(ROWS):
+        sums = (*sums, tl.zeros([BLOCK_N, BYTES], tl.float32))
     for first in range(0, k, BLOCK_K):
         known = inside & (byte < code_stride - first * BITS // 8)[None, :]
         raw = tl.load(start + first * BITS // 8, mask=known, other=0)
@@ -183,7 +183,7 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
             added = ()
             for r in tl.static_range(ROWS):
                 value = tl.load(x + r * x_stride + at, mask=at < k, other=0.0).to(DTYPE).to(tl.float32)
-                added = added + (sums[r] + w.to(tl.float32) * value[None, :],)
+                added = (*added, sums[r] + w.to(tl.float32) * value[None, :])
             sums = added
     for r in tl.static_range(ROWS):
         total = tl.sum(sums[r], 1)
