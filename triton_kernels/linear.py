@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str) -
     arguments = {
         "codes": weight.codes, "scales": weight.scales, "offsets": weight.offsets, "bias": bias, "out": out, "m": m,
         "n": n, "k": k, "code_stride": weight.codes.stride(0), "groups": weight.scales.shape[0], "BITS": weight.bits,
-        "GROUP": weight.group, "OFFSET": weight.offset,
+        "MIDDLE": weight.middle, "GROUP": weight.group, "OFFSET": weight.offset,
     }  # fmt: skip
     if activation.startswith("int8"):
         _integer(flat, arguments, activation == "int8_token")
@@ -137,7 +137,7 @@ def _whole(code):
 
 
 @triton.jit
-def _scaled(code, scales, offsets, at, inside, BITS: tl.constexpr, OFFSET: tl.constexpr):
+def _scaled(code, scales, offsets, at, inside, MIDDLE: tl.constexpr, OFFSET: tl.constexpr):
     """The weights of ``code``, float32; ``at``: where their scales are."""
     scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     if OFFSET == "min":
@@ -145,7 +145,7 @@ def _scaled(code, scales, offsets, at, inside, BITS: tl.constexpr, OFFSET: tl.co
     elif OFFSET == "zero":
         w = scale * (_whole(code) - _whole(tl.load(offsets + at, mask=inside, other=0)))
     else:
-        w = scale * (_whole(code) - 2.0 ** (BITS - 1))
+        w = scale * (_whole(code) - MIDDLE)
     return w
 
 
@@ -160,7 +160,7 @@ def _group(column, groups, GROUP: tl.constexpr):
 
 @triton.jit
 def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
-          GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_K: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < n)[:, None]
@@ -179,7 +179,7 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
             at = first + column + 32 * half
             code = raw if BITS == 8 else (raw & 15 if half == 0 else raw >> 4)
             group = _group(at, groups, GROUP)[None, :] * n + row[:, None]
-            w = _scaled(code, scales, offsets, group, inside & (at < k)[None, :], BITS, OFFSET).to(DTYPE)
+            w = _scaled(code, scales, offsets, group, inside & (at < k)[None, :], MIDDLE, OFFSET).to(DTYPE)
             added = ()
             for r in tl.static_range(ROWS):
                 value = tl.load(x + r * x_stride + at, mask=at < k, other=0.0).to(DTYPE).to(tl.float32)
@@ -205,7 +205,7 @@ def _tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.con
 
 @triton.jit
 def _gemm(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
-          GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
+          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
           BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -229,7 +229,7 @@ def _gemm(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
                 group = _group(at + lane, groups, GROUP)[None, :] * n + column[:, None]
             else:
                 group = _group(at, groups, GROUP) * n + column[:, None]
-            w = _scaled(code, scales, offsets, group, known, BITS, OFFSET).to(DTYPE)
+            w = _scaled(code, scales, offsets, group, known, MIDDLE, OFFSET).to(DTYPE)
             total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision="ieee")
     _store(total, bias, out, row, column, m, n)
 
@@ -296,7 +296,7 @@ def _code(x, scale, good):
 
 @triton.jit
 def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups,
-                  BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, PER_TOKEN: tl.constexpr,
+                  BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, PER_TOKEN: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -304,7 +304,6 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_str
     x_at = x + row.to(tl.int64)[:, None] * x_stride + lane[None, :]
     w_at = codes + column.to(tl.int64)[:, None] * code_stride + lane[None, :]
     known = (column < n)[:, None]
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
     blocks = x_stride // 32
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, k, 64):
@@ -319,9 +318,7 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_str
             inside = (row < m) & (at < x_stride)  # k may end before the second half
             a = tl.load(x_at + at, mask=inside[:, None], other=0)
             x_scale = tl.load(x_scales + (row if PER_TOKEN else row * blocks + at // 32), mask=inside, other=0.0)
-            code = ((low if half == 0 else high) ^ MIDDLE).to(tl.int8, bitcast=True)
-            if BITS == 4:  # sign of 4 bits
-                code = (code << 4) >> 4
+            code = ((low if half == 0 else high) - MIDDLE).to(tl.int8, bitcast=True)
             for part in tl.static_range(2 if GROUP == 16 else 1):
                 piece = a
                 if GROUP == 16:
