@@ -20,7 +20,7 @@ LOG2E = 1.4426950408889634
 def tile_of_sequence(start, batch, tile, SIZE: tl.constexpr, STEP: tl.constexpr):
     """(sequence, its tile) of tile number ``tile`` of packed sequences that begin at rows ``start``, ascending, with
     STEP elements a row: sequence b's tiles of SIZE elements count from start[b] * STEP // SIZE + b on."""
-    low, high = 0, batch
+    low, high = tile * 0, tile * 0 + batch
     while high - low > 1:
         middle = (low + high) // 2
         first = (tl.load(start + middle) * STEP // SIZE).to(tl.int32) + middle
@@ -80,7 +80,10 @@ def key_range(low_query, high_query, shift, length, left, right, CAUSAL: tl.cons
     if LEFT:
         first = tl.maximum(first, low_query + shift - left)
         all_first = tl.maximum(all_first, high_query + shift - left)
-    return first, tl.maximum(end, first), all_first, tl.maximum(all_end, all_first)
+    end = tl.maximum(end, 0)
+    first = tl.minimum(first, end)
+    all_first = tl.minimum(tl.maximum(all_first, first), end)
+    return first, end, all_first, tl.minimum(tl.maximum(all_end, all_first), end)
 
 
 @triton.jit
@@ -94,7 +97,8 @@ def query_range(low_key, high_key, shift, count, left, right, CAUSAL: tl.constex
         first = tl.maximum(first, low_key - shift - right)
     if LEFT:
         end = tl.minimum(end, high_key - shift + left + 1)
-    return first, tl.maximum(end, first)
+    end = tl.maximum(end, 0)
+    return tl.minimum(first, end), end
 
 
 @triton.jit
