@@ -56,14 +56,18 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Launch]]:
-    """Inside, a launch compiles its kernel for ``target``, adds a `Launch` to the list, and runs nothing."""
+def compiling(target: str, every: bool = False) -> Iterator[list[Launch]]:
+    """Inside, a launch compiles its kernel for ``target``, in its first configuration or in ``every`` one, adds a
+    `Launch` to the list, and runs nothing."""
     gpu, limit = TARGETS[target]
     found: list[Launch] = []
 
-    def compile_only(kernel, grid, arguments, options) -> None:
-        programs = grid(arguments | options) if callable(grid) else grid
-        found.append(Launch(kernel.warmup(grid=(1,), **arguments, **options), programs[0], arguments))
+    def compile_only(kernel, grid, arguments, configs, key, options) -> None:
+        for config in configs if every else configs[:1]:
+            chosen = arguments | config.all_kwargs()
+            compiled = kernel.warmup(grid=(1,), **chosen, **options)
+            programs = grid(chosen) if callable(grid) else grid
+            found.append(Launch(compiled, programs[0], chosen))
 
     before = launch.start, launch.shared_limit, driver._active
     launch.start, launch.shared_limit = compile_only, lambda device: limit

@@ -62,12 +62,12 @@ def attention(t: Operands, options: Options, return_lse: bool) -> tuple[Tensor, 
             return (batch * kv_heads * triton.cdiv(rows, meta["BLOCK_M"]),)
         return (kv_heads * (seq_q * group // meta["BLOCK_M"] + len(t.q_start)),)
 
-    configs = _prefill_configs(t.q.dtype, *head_blocks(t), rows if t.q_start is None else 128)
+    configs = _few_rows(t, rows) if t.q_start is None and rows <= _FEW else _many_rows(t)
     run(
         _forward,
         programs,
         arguments | {"partial": None, "partial_stats": None, "splits": 1, "SPLIT": False, "CHUNK": 0},
-        fitting(configs, lambda c: _shared(c, t.k.dtype, *head_blocks(t)), t.q.device),
+        fitting(configs, lambda c: _shared(c, t), t.q.device),
         key=("seq_q", "capacity"),
     )
     return out, lse
@@ -79,16 +79,11 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int) -> None:
     partial = torch.empty((batch * kv_heads, splits, rows, v_dim), dtype=torch.float32, device=t.q.device)
     stats = torch.empty((batch * kv_heads, splits, rows, 2), dtype=torch.float32, device=t.q.device)
     arguments = arguments | {"partial": partial, "partial_stats": stats, "splits": splits, "CHUNK": _CHUNK}
-    block_m = max(16, triton.next_power_of_2(rows))
     run(
         _forward,
         batch * kv_heads * splits,
         arguments | {"SPLIT": True},
-        fitting(
-            _decode_configs(t.q.dtype, *head_blocks(t), block_m),
-            lambda c: _shared(c, t.k.dtype, *head_blocks(t)),
-            t.q.device,
-        ),
+        fitting(_few_rows(t, rows), lambda c: _shared(c, t), t.q.device),
         key=("capacity",),
     )
     names = ("partial", "partial_stats", "out", "lse", "sinks", "out_strides", "q_start", "q_end", "k_start", "k_end",
@@ -102,44 +97,43 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int) -> None:
     )
 
 
-def _prefill_configs(dtype: torch.dtype, block_d: int, block_v: int, rows: int) -> list[triton.Config]:
-    """Tiles of many rows, the preferred one first."""
-    wide = max(block_d, block_v)
-    if dtype == torch.float32:  # no tensor cores: registers and the length of the code decide
-        shapes = [(32, 32, 4, 2)] if wide <= 128 else [(16, 32, 4, 2), (16, 16, 4, 2)]
-    elif rows <= 16:
-        shapes = [(16, 64, 4, 2), (16, 32, 4, 2)]
-    elif rows <= 64:
-        shapes = [(64, 64, 4, 2), (64, 32, 4, 2)]
+def _many_rows(t: Operands) -> list[triton.Config]:
+    """Tiles of (rows, keys), the preferred one first. Larger ones spill registers: docs/gpu.md."""
+    wide = max(head_blocks(t))
+    if t.q.dtype == torch.float32:  # multiply-adds without tensor cores
+        shapes = [(32, 32, 4, 1)] if wide <= 64 else [(32, 16, 8, 1)] if wide <= 128 else [(16, 16, 8, 1)]
     elif wide <= 64:
-        shapes = [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)]
+        shapes = [(128, 64, 8, 3), (64, 64, 4, 2)]
     elif wide <= 128:
-        shapes = [(128, 64, 8, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)]
+        shapes = [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)]
     elif wide <= 256:
-        shapes = [(128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
+        shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
     else:
         shapes = [(32, 32, 8, 2), (16, 16, 4, 1)]
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
 
 
-def _decode_configs(dtype: torch.dtype, block_d: int, block_v: int, rows: int) -> list[triton.Config]:
-    """Tiles of ``rows`` rows in all, where reading keys and values decides."""
-    wide = max(block_d, block_v)
-    if dtype == torch.float32:
-        shapes = [(32, 4, 2), (16, 4, 1)]
+def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
+    """One tile of all ``rows`` rows, where reading keys and values decides."""
+    wide, block = max(head_blocks(t)), max(16, triton.next_power_of_2(rows))
+    if t.q.dtype == torch.float32:
+        shapes = [(16, 4, 1)] if wide <= 128 and block == 16 else [(16, 8, 1)]
     elif wide <= 128:
         shapes = [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
+    elif wide <= 256:
+        shapes = [(32, 4, 3), (16, 4, 1)] if block == 16 else [(32, 8, 2), (16, 8, 1)]
     else:
-        shapes = [(32, 4, 3), (32, 4, 2), (16, 4, 1)]
-    return [triton.Config({"BLOCK_M": rows, "BLOCK_N": n}, num_warps=w, num_stages=s) for n, w, s in shapes]
+        shapes = [(32, 8, 2), (16, 8, 1)]
+    return [triton.Config({"BLOCK_M": block, "BLOCK_N": n}, num_warps=w, num_stages=s) for n, w, s in shapes]
 
 
-def _shared(config: triton.Config, kv_dtype: torch.dtype, block_d: int, block_v: int) -> int:
+def _shared(config: triton.Config, t: Operands) -> int:
     """An upper bound of the shared memory of `_forward`: tiles of k and v in flight, and q or the probabilities on
     their way into an operand's layout."""
     m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-    tiles = n * (block_d + block_v) * kv_dtype.itemsize
-    return config.num_stages * tiles + m * max(block_d, n) * 4 + 4096
+    block_d, block_v = head_blocks(t)
+    tiles = n * (block_d + block_v) * t.k.dtype.itemsize
+    return config.num_stages * tiles + m * max(block_d, n) * t.q.dtype.itemsize + 4096
 
 
 @triton.jit
@@ -339,7 +333,9 @@ def _merge(
         there = s + one < last_split
         shrink = tl.exp2((tl.load(partial_stats + at * 2, mask=there, other=float("-inf")) - safe) * UNIT)
         weight += tl.sum(shrink * tl.load(partial_stats + at * 2 + 1, mask=there, other=0.0), 0)
-        value = tl.load(partial + at[:, None] * V_DIM + e[None, :], mask=there[:, None] & (e < V_DIM)[None, :], other=0.0)
+        value = tl.load(
+            partial + at[:, None] * V_DIM + e[None, :], mask=there[:, None] & (e < V_DIM)[None, :], other=0.0
+        )
         total += tl.sum(value * shrink[:, None], 0)
     result = total * _inverse(weight, drop_scale)
     o_at = b * out_strides[0] + head.to(tl.int64) * out_strides[1] + query.to(tl.int64) * out_strides[2]

@@ -263,7 +263,9 @@ def _grad_kv(
             at = outer * q_strides[0] + head.to(tl.int64) * q_strides[1] + q_row * q_strides[2]
             q_tile = tl.load(q + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
             at = outer * grad_strides[0] + head.to(tl.int64) * grad_strides[1] + q_row * grad_strides[2]
-            g_tile = tl.load(grad_out + at[:, None] + e[None, :], mask=row_ok[:, None] & (e < V_DIM)[None, :], other=0.0)
+            g_tile = tl.load(
+                grad_out + at[:, None] + e[None, :], mask=row_ok[:, None] & (e < V_DIM)[None, :], other=0.0
+            )
             at = (outer * (kv_heads * GROUP) + head) * seq_q + q_row
             lse_row = tl.load(lse + at, mask=row_ok, other=0.0)
             delta_row = tl.load(delta + at, mask=row_ok, other=0.0)

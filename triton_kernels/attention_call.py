@@ -90,9 +90,7 @@ def check(t: Operands, options: Options) -> None:
             f"{_OP}: the number of query heads must be a multiple of the key heads, got {heads} and {kv_heads}"
         )
     if max(q.shape[3], v.shape[3]) > _MAX_DIM:
-        raise NotImplementedError(
-            f"{_OP}: head_dim up to {_MAX_DIM} is supported, got {max(q.shape[3], v.shape[3])}"
-        )
+        raise NotImplementedError(f"{_OP}: head_dim up to {_MAX_DIM} is supported, got {max(q.shape[3], v.shape[3])}")
     if not 0 <= options.dropout_p <= 1:
         raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {options.dropout_p}")
     if options.dropout_p and (t.seed is None or t.seed.dtype != torch.int64 or t.seed.numel() != 1):

@@ -31,30 +31,29 @@ def run(
     the device, the preferred one first; ``key`` names the arguments that another choice may depend on. With ``fuse``
     the compiler may contract a product and a sum.
     """
-    if not callable(programs):
-        if programs == 0:
-            return
-        grid: object = (programs,)
-    else:
-        grid = programs
-    options = {"enable_fp_fusion": fuse}
+    if programs == 0:
+        return
+    grid = programs if callable(programs) else (programs,)
+    start(kernel, grid, arguments, configs, key, {"enable_fp_fusion": fuse})
+
+
+def start(
+    kernel: triton.JITFunction, grid: object, arguments: dict, configs: Sequence[triton.Config], key: Sequence[str],
+    options: dict,
+) -> None:  # fmt: skip
+    """The launch itself; tests put a compiler or an interpreter of the compiled code in its place."""
+    device = next(t for t in arguments.values() if isinstance(t, Tensor)).device
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[grid](**arguments, **configs[0].all_kwargs(), **options)
+        return
     if AUTOTUNE and len(configs) > 1:
         name = (kernel, *map(str, configs))
         if name not in _tuners:
             _tuners[name] = triton.autotune(list(configs), list(key))(kernel)
         kernel = _tuners[name]
     else:
-        options |= configs[0].all_kwargs()
-    start(kernel, grid, arguments, options)
-
-
-def start(kernel: triton.JITFunction, grid: object, arguments: dict, options: dict) -> None:
-    """The launch itself; tests put a compiler or an interpreter of the compiled code in its place."""
-    device = next(t for t in arguments.values() if isinstance(t, Tensor)).device
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
-    else:  # Triton's interpreter
+        options = options | configs[0].all_kwargs()
+    with torch.cuda.device(device):
         kernel[grid](**arguments, **options)
 
 

@@ -160,8 +160,8 @@ def _group(column, groups, GROUP: tl.constexpr):
 
 @triton.jit
 def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
-          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_K: tl.constexpr):  # fmt: skip
+          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < n)[:, None]
     BYTES: tl.constexpr = BLOCK_K * BITS // 8
@@ -171,7 +171,7 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
     start = codes + row.to(tl.int64)[:, None] * code_stride + byte[None, :]
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = (*sums, tl.zeros([BLOCK_N, BYTES], tl.float32))
+        sums = sums + (tl.zeros([BLOCK_N, BYTES], tl.float32),)  # noqa: RUF005 (Triton has no *)
     for first in range(0, k, BLOCK_K):
         known = inside & (byte < code_stride - first * BITS // 8)[None, :]
         raw = tl.load(start + first * BITS // 8, mask=known, other=0)
@@ -183,7 +183,7 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
             added = ()
             for r in tl.static_range(ROWS):
                 value = tl.load(x + r * x_stride + at, mask=at < k, other=0.0).to(DTYPE).to(tl.float32)
-                added = (*added, sums[r] + w.to(tl.float32) * value[None, :])
+                added = added + (sums[r] + w.to(tl.float32) * value[None, :],)  # noqa: RUF005
             sums = added
     for r in tl.static_range(ROWS):
         total = tl.sum(sums[r], 1)
@@ -296,8 +296,8 @@ def _code(x, scale, good):
 
 @triton.jit
 def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups,
-                  BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, PER_TOKEN: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
+                  BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+                  PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, 32)
