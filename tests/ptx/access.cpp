@@ -25,7 +25,7 @@ Access::Access(Warp& w, const Inst& i, Mask exec, uint32_t bytes) : w(w), i(i), 
 }
 
 Access::~Access() {
-  if (!w.launch->options.statistics) return;
+  if (!w.launch->options.statistics || i.detail->space == Space::kConst) return;
   Traffic& t = w.launch->report->traffic[w.this_pc()];
   if (shared) count_shared(t, address, shared, bytes);
   if (global) count_global(t, address, global, bytes);

@@ -79,7 +79,10 @@ class TritonKernel:
 
 
 def triton_kernel(
-    fn: Callable[..., None], signature: Mapping[str, str], constexprs: Mapping[str, object] | None = None, **options: int
+    fn: Callable[..., None],
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, object] | None = None,
+    **options: int,
 ) -> TritonKernel:
     """Compile a @triton.jit function for sm_80. Pointers and integers count as divisible by 16."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))

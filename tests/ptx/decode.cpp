@@ -208,10 +208,8 @@ void ProgramDecoder::decode(const Function& f, Code& code) {
   };
   for (size_t n = 0; n < f.body.size(); ++n)
     if (!f.body[n].opcode.empty()) one(f.body[n], pc_of[n]);
-  Statement end;  // what falls off the end returns
+  Statement end;  // what falls off the end returns; it has no line
   end.opcode = "ret";
-  end.line = f.body.empty() ? f.line : f.body.back().line;
-  end.source = f.body.empty() ? -1 : f.body.back().source;
   one(end, pc);
 }
 

@@ -1,7 +1,7 @@
 """Executes PTX kernels on the CPU and reports what they did wrong: docs/ptx_interpreter.md.
 
-    module = Module(ptx_text)
-    report = module.kernel("softmax").launch(grid=(4,), block=(128,), args=[x, out, 4, 1000])
+module = Module(ptx_text)
+report = module.kernel("softmax").launch(grid=(4,), block=(128,), args=[x, out, 4, 1000])
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ class Traffic:
 
     @property
     def bank_ways(self) -> float:
-        """How many times the passes that the bytes would need; 1 is free of conflicts, 0 does not touch shared memory."""
+        """How many times the passes that the bytes would need: 1 is free of conflicts, 0 is not shared memory."""
         return self.wavefronts / self.ideal_wavefronts if self.ideal_wavefronts else 0.0
 
     @property
     def sector_ratio(self) -> float:
-        """How many times the sectors that the bytes would need; 0 does not touch global memory."""
+        """How many times the sectors that the bytes would need; 0 is not global memory."""
         return self.sectors / self.ideal_sectors if self.ideal_sectors else 0.0
 
 
@@ -100,7 +100,7 @@ class Report:
         return self
 
     def never_executed(self) -> list[Instruction]:
-        return [i for i, n in zip(self.instructions, self.executed, strict=True) if n == 0]
+        return [i for i, n in zip(self.instructions, self.executed, strict=True) if n == 0 and i.line]
 
     def merge(self, other: Report) -> Report:
         """Add the counts and findings of another launch of the same kernel."""
@@ -134,8 +134,8 @@ def extent(array: object) -> tuple[int, int]:
         return low, high if array.size else low
     if array.device.type != "cpu":
         raise ValueError(f"expected a CPU tensor, got one on {array.device}")
-    end = sum((n - 1) * stride for n, stride in zip(array.shape, array.stride(), strict=True)) + 1 if array.numel() else 0
-    return array.data_ptr(), array.data_ptr() + end * array.element_size()
+    last = sum((n - 1) * stride for n, stride in zip(array.shape, array.stride(), strict=True))
+    return array.data_ptr(), array.data_ptr() + (last + 1 if array.numel() else 0) * array.element_size()
 
 
 def is_array(value: object) -> bool:

@@ -53,6 +53,8 @@ struct Toucher {
   uint32_t thread;
   bool strong;
 
+  ReadSets& sets() const { return r.is_shared ? *r.read_sets : w.launch->read_sets; }
+
   bool counts(const Record& x) const {
     return x.epoch >= (r.is_shared ? r.first_epoch : w.launch->first_epoch);
   }
@@ -102,9 +104,9 @@ struct Toucher {
     } else if (x.blocks) {
       x.epoch = w.epoch;
     } else if (x.set) {
-      Record* set = r.read_sets->at(x.thread);
+      Record* set = sets().at(x.thread);
       if (const uint32_t* other = someone(set); *other >> kBlockShift != thread >> kBlockShift) {
-        r.read_sets->release(x.thread);
+        sets().release(x.thread);
         x = now();
         x.blocks = 1;
         return;
@@ -116,7 +118,7 @@ struct Toucher {
       for (size_t v = 0; v < w.block->warps.size() && all_known; ++v)
         all_known = static_cast<int>(v) == w.index || !set[v].epoch || ordered(set[v]);
       if (all_known) {
-        r.read_sets->release(x.thread);
+        sets().release(x.thread);
         x = now();
       }
     } else if (x.thread >> 5 == thread >> 5) {
@@ -127,9 +129,9 @@ struct Toucher {
       x = now();
       x.blocks = 1;
     } else {
-      const uint32_t set = r.read_sets->make();
-      r.read_sets->at(set)[x.thread >> 5 & 31] = x;
-      r.read_sets->at(set)[w.index] = now();
+      const uint32_t set = sets().make();
+      sets().at(set)[x.thread >> 5 & 31] = x;
+      sets().at(set)[w.index] = now();
       x.thread = set, x.set = 1, x.epoch = w.epoch;
     }
   }
@@ -159,10 +161,10 @@ struct Toucher {
       if (x.blocks) {
         race(x, "a write", "read");
       } else if (x.set) {
-        const Record* set = r.read_sets->at(x.thread);
+        const Record* set = sets().at(x.thread);
         for (size_t v = 0; v < w.block->warps.size(); ++v)
           if (counts(set[v])) check(set[v]);
-        r.read_sets->release(x.thread);
+        sets().release(x.thread);
       } else {
         check(x);
       }
@@ -196,7 +198,7 @@ struct Toucher {
       r.free_splits.pop_back();
       r.splits[split].fill(*c);
       if (counts(c->read) && c->read.set)
-        for (uint32_t k = 1; k < 4; ++k) r.splits[split][k].read.thread = r.read_sets->copy(c->read.thread);
+        for (uint32_t k = 1; k < 4; ++k) r.splits[split][k].read.thread = sets().copy(c->read.thread);
       c->write.split = 1, c->write.thread = split;
     }
     for (uint32_t k = 0; k < bytes; ++k) touch(r.splits[c->write.thread][(address & 3) + k], k, 1u);

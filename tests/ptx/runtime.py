@@ -1,0 +1,92 @@
+"""The stand-in for the CUDA runtime (cudart.cpp): host code that nvcc compiled launches its kernels on the interpreter.
+
+host = HostLibrary(nvcc_library(source))
+launches = host.call("launch_it", x, out, 1000)  # extern "C" int launch_it(float*, float*, int)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .library import PtxError, checked, load
+from .machine import MAX_WARP_INSTRUCTIONS, Kernel, Report, _launch_memory, extent, is_array, parse_report
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel by host code."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    report: Report
+
+
+class HostLibrary:
+    """A shared library from ``nvcc_library``."""
+
+    def __init__(self, path: Path) -> None:
+        load().ptx_runtime_take.restype = ctypes.c_char_p
+        load().ptx_runtime_kernel.restype = ctypes.c_void_p
+        load().ptx_runtime_options.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._host = ctypes.CDLL(str(path))
+
+    def kernel(self, name: str) -> Kernel:
+        """A kernel by its mangled name, for its instructions and to run without one of them."""
+        handle = load().ptx_runtime_kernel(name.encode())
+        if handle is None:
+            raise PtxError(f"no loaded library registered a kernel {name!r}")
+        return Kernel(checked(handle), self)
+
+    def call(
+        self,
+        function: str,
+        *args: object,
+        expect: int = 0,
+        seed: int = 0,
+        resident: int = 1,
+        capturing: bool = False,
+        check: bool = True,
+    ) -> list[Launch]:
+        """Call an extern "C" function that returns a cudaError_t, and return what it launched.
+
+        Args:
+            args: arrays and tensors become pointers, floats become float, other numbers int, None a null pointer;
+                ctypes values go as they are.
+            expect: the error that it must return.
+            capturing: as while a CUDA graph is captured: allocation and synchronisation fail.
+            check: raise PtxFault if a kernel did something wrong.
+        """
+        lib = load()
+        lib.ptx_runtime_options(seed, resident, MAX_WARP_INSTRUCTIONS, capturing)
+        lib.ptx_runtime_take()
+
+        def convert(value: object) -> object:
+            if is_array(value):
+                return ctypes.c_void_p(value.ctypes.data if hasattr(value, "ctypes") else value.data_ptr())
+            if value is None:
+                return ctypes.c_void_p(0)
+            if isinstance(value, float):
+                return ctypes.c_float(value)
+            return ctypes.c_int(value) if isinstance(value, int) else value
+
+        with _launch_memory([a for a in args if is_array(a) and extent(a)[1] > extent(a)[0]]):
+            error = getattr(self._host, function)(*map(convert, args))
+        launches = []
+        for raw in json.loads(lib.ptx_runtime_take()):
+            if "error" in raw:
+                if error == expect:
+                    continue
+                raise PtxError(f"{function}: {raw['kernel']}: {raw['error']}")
+            kernel = self.kernel(raw["kernel"])
+            report = parse_report(kernel.name, kernel.instructions, json.dumps(raw["report"]).encode())
+            if check:
+                report.check()
+            launches.append(Launch(kernel.name, tuple(raw["grid"]), tuple(raw["block"]), raw["shared"], report))
+        if check and error != expect:
+            raise PtxError(f"{function}: expected error {expect}, got {error}")
+        return launches
