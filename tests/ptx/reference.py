@@ -31,10 +31,6 @@ class Format:
     def infinity(self) -> int:
         return (self.high - self.low + 2) << (self.precision - 1)
 
-    @property
-    def largest(self) -> Fraction:
-        return (2 - Fraction(2, 2**self.precision)) * Fraction(2) ** self.high
-
 
 FORMATS = {
     "f16": Format(11, -14, 15, 16),
@@ -77,33 +73,27 @@ def encode(value: Fraction | float, name: str, mode: str = "rn") -> int:
     if value == 0:
         return 0
     sign, magnitude = (sign_bit, -value) if value < 0 else (0, value)
-    exponent = max(math.floor(math.log2(magnitude.numerator) - math.log2(magnitude.denominator)) - 2, f.low)
-    while magnitude >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    ulp = Fraction(2) ** (exponent - f.precision + 1)
-    count, rest = divmod(magnitude, ulp)
-    rest /= ulp
-    half = Fraction(1, 2)
+    n, d = magnitude.numerator, magnitude.denominator
+    exponent = n.bit_length() - d.bit_length()
+    if n << max(-exponent, 0) < d << max(exponent, 0):
+        exponent -= 1
+    exponent = max(exponent, f.low)  # magnitude < 2 ** (exponent + 1)
+    shift = exponent - f.precision + 1  # of the last place
+    n, d = n << max(-shift, 0), d << max(shift, 0)
+    count, rest = divmod(n, d)
     up = {
-        "rn": rest > half or (rest == half and count % 2 == 1),
-        "rna": rest >= half,
+        "rn": 2 * rest > d or (2 * rest == d and count % 2 == 1),
+        "rna": 2 * rest >= d,
         "rz": False,
         "rm": bool(rest and sign),
         "rp": bool(rest and not sign),
     }[mode]
-    magnitude = (count + up) * ulp
-    if magnitude > f.largest:
-        overflows = mode in ("rn", "rna") or (mode == "rp" and not sign) or (mode == "rm" and sign)
-        return sign | (f.infinity if overflows else f.infinity - 1)
-    if magnitude == 0:
-        return sign
-    if magnitude < Fraction(2) ** f.low:
-        return sign | int(magnitude / Fraction(2) ** (f.low - f.precision + 1))
-    exponent = f.low
-    while magnitude >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    mantissa = int(magnitude / Fraction(2) ** (exponent - f.precision + 1))
-    return sign | ((exponent - f.low) << (f.precision - 1)) + mantissa
+    # The hidden bit of count, and a carry out of it, raise the exponent's field.
+    bits = ((exponent - f.low) << (f.precision - 1)) + count + up
+    if bits < f.infinity:
+        return sign | bits
+    overflows = mode in ("rn", "rna") or (mode == "rp" and not sign) or (mode == "rm" and sign)
+    return sign | (f.infinity if overflows else f.infinity - 1)
 
 
 def finite(*values: Fraction | float) -> bool:
@@ -143,7 +133,7 @@ def special_bits(type_: str, random: int = 12) -> tuple[int, ...]:
         picked += [p | 1 << (size - 1) for p in picked]
         # Near to one another, so that sums cancel and products stay in range.
         near = [
-            one + int(rng.integers(-(8 << f.precision), 8 << f.precision)) | int(rng.integers(2)) << (size - 1)
+            one + int(rng.integers(-(4 << f.precision), 4 << f.precision)) | int(rng.integers(2)) << (size - 1)
             for _ in range(random)
         ]
         return tuple(dict.fromkeys(picked + near + others))
