@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +56,11 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str, every: bool = False) -> Iterator[list[Launch]]:
-    """Inside, a launch compiles its kernel for ``target``, in its first configuration or in ``every`` one, adds a
-    `Launch` to the list, and runs nothing."""
+def compiling(
+    target: str, every: bool = False, run: Callable[[CompiledKernel, int, dict], None] | None = None
+) -> Iterator[list[Launch]]:
+    """Inside, a launch compiles its kernel for ``target``, in its first configuration or in ``every`` one, and adds a
+    `Launch` to the list. ``run`` is then called with the kernel, the number of programs and the arguments."""
     gpu, limit = TARGETS[target]
     found: list[Launch] = []
 
@@ -68,6 +70,8 @@ def compiling(target: str, every: bool = False) -> Iterator[list[Launch]]:
             compiled = kernel.warmup(grid=(1,), **chosen, **options)
             programs = grid(chosen) if callable(grid) else grid
             found.append(Launch(compiled, programs[0], chosen))
+            if run is not None:
+                run(compiled, programs[0], chosen)
 
     before = launch.start, launch.shared_limit, driver._active
     launch.start, launch.shared_limit = compile_only, lambda device: limit

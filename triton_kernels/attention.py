@@ -240,7 +240,7 @@ def _forward(
                     k_tile = tl.load(k + k_at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
                     v_tile = tl.load(v + v_at[:, None] + e[None, :], mask=(e < V_DIM)[None, :], other=0.0)
                 raw = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision="ieee")
-                s, _ = scores(
+                s, _capped = scores(
                     raw, query, head, row_ok, key, batch_row, begin, length, shift, mask, bias, alibi, mask_strides,
                     bias_strides, alibi_stride, scale, cap, left, right, part != 1, CAUSAL, LEFT, RIGHT, SOFTCAP,
                     SLOPE_UNIT,
@@ -306,11 +306,11 @@ def _merge(
     row = tl.program_id(0) % rows
     pair = tl.program_id(0) // rows
     b, head, query = (pair // kv_heads).to(tl.int64), pair % kv_heads * GROUP + row % GROUP, row // GROUP
-    _, count, _, _, length, known = sequence_bounds(
+    _first_row, count, _k_row, _begin, length, known = sequence_bounds(
         b, q_start, q_end, k_start, k_end, k_batch, seq_q, capacity, k_rows, False
     )
     shift = diagonal_shift(count, length, CAUSAL)
-    first, end, _, _ = key_range(0, seq_q - 1, shift, length, left, right, CAUSAL, LEFT, RIGHT)
+    first, end, _whole_first, _whole_end = key_range(0, seq_q - 1, shift, length, left, right, CAUSAL, LEFT, RIGHT)
     first_split, last_split = first // CHUNK, tl.cdiv(end, CHUNK)
     if not known:
         first_split, last_split = 0, 1

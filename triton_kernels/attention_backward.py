@@ -45,7 +45,7 @@ def attention_backward(
     if t.block_table is not None or t.k_batch is not None:
         raise NotImplementedError(f"{_OP}: paged and indexed caches have no gradient; detach q, k and v")
     check(t, options)
-    batch, heads, seq_q, _ = t.q.shape
+    heads, seq_q = t.q.shape[1:3]
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (t.q, t.k, t.v)]
     arguments = arguments_of(t, options)
     delta = torch.empty_like(lse)
@@ -260,16 +260,17 @@ def _grad_kv(
             row_ok = row < count * GROUP
             query, head = row // GROUP, kv_head * GROUP + row % GROUP
             q_row = first_row + query
-            at = outer * q_strides[0] + head.to(tl.int64) * q_strides[1] + q_row * q_strides[2]
-            q_tile = tl.load(q + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-            at = outer * grad_strides[0] + head.to(tl.int64) * grad_strides[1] + q_row * grad_strides[2]
-            g_tile = tl.load(
-                grad_out + at[:, None] + e[None, :], mask=row_ok[:, None] & (e < V_DIM)[None, :], other=0.0
+            row_at = outer * q_strides[0] + head.to(tl.int64) * q_strides[1] + q_row * q_strides[2]
+            q_tile = tl.load(
+                q + row_at[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0
             )
-            at = (outer * (kv_heads * GROUP) + head) * seq_q + q_row
-            lse_row = tl.load(lse + at, mask=row_ok, other=0.0)
-            delta_row = tl.load(delta + at, mask=row_ok, other=0.0)
-            used, _, grad_raw = _tile_gradient(
+            row_at = outer * grad_strides[0] + head.to(tl.int64) * grad_strides[1] + q_row * grad_strides[2]
+            inside_g = row_ok[:, None] & (e < V_DIM)[None, :]
+            g_tile = tl.load(grad_out + row_at[:, None] + e[None, :], mask=inside_g, other=0.0)
+            row_at = (outer * (kv_heads * GROUP) + head) * seq_q + q_row
+            lse_row = tl.load(lse + row_at, mask=row_ok, other=0.0)
+            delta_row = tl.load(delta + row_at, mask=row_ok, other=0.0)
+            used, _grad_s, grad_raw = _tile_gradient(
                 q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length, shift,
                 mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit,
                 drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
@@ -313,7 +314,7 @@ def _grad_q(
         row_ok = row < count * GROUP
         query, head = row // GROUP, kv_head * GROUP + row % GROUP
         shift = diagonal_shift(count, length, CAUSAL)
-        first, end, _, _ = key_range(
+        first, end, _whole_first, _whole_end = key_range(
             tile * BLOCK_M // GROUP, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, count - 1), shift, length,
             left, right, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
@@ -345,7 +346,7 @@ def _grad_q(
                 v + key.to(tl.int64)[:, None] * v_strides[2] + e[None, :],
                 mask=seen[:, None] & (e < V_DIM)[None, :], other=0.0,
             ).to(q_tile.dtype)  # fmt: skip
-            _, grad_s, grad_raw = _tile_gradient(
+            _used, grad_s, grad_raw = _tile_gradient(
                 q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length, shift,
                 mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit,
                 drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
@@ -398,7 +399,7 @@ def _grad_bias(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for one in range(first_b, last_b):
         b = first_b.to(tl.int64) * 0 + one
-        _, _, k_row, begin, length, _ = sequence_bounds(
+        _first_row, _count, k_row, begin, length, _known = sequence_bounds(
             b, q_start, q_end, k_start, k_end, k_batch, seq_q, capacity, k_rows, PACKED_KEYS
         )
         shift = diagonal_shift(seq_q, length, CAUSAL)
@@ -410,11 +411,11 @@ def _grad_bias(
                 head = h + query * 0
                 wide = head.to(tl.int64)
                 at = b * q_strides[0] + wide * q_strides[1] + query.to(tl.int64) * q_strides[2]
-                inside = row_ok[:, None] & (d < HEAD_DIM)[None, :]
-                q_tile = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0)
+                inside_q = row_ok[:, None] & (d < HEAD_DIM)[None, :]
+                q_tile = tl.load(q + at[:, None] + d[None, :], mask=inside_q, other=0.0)
                 at = b * grad_strides[0] + wide * grad_strides[1] + query.to(tl.int64) * grad_strides[2]
-                inside = row_ok[:, None] & (e < V_DIM)[None, :]
-                g_tile = tl.load(grad_out + at[:, None] + e[None, :], mask=inside, other=0.0)
+                inside_g = row_ok[:, None] & (e < V_DIM)[None, :]
+                g_tile = tl.load(grad_out + at[:, None] + e[None, :], mask=inside_g, other=0.0)
                 at = (b * heads + head) * seq_q + query
                 lse_row = tl.load(lse + at, mask=row_ok, other=0.0)
                 delta_row = tl.load(delta + at, mask=row_ok, other=0.0)
@@ -422,13 +423,13 @@ def _grad_bias(
                     key = (n - begin).to(tl.int32) + tl.arange(0, BLOCK_N)
                     seen = (key >= 0) & (key < length)
                     column = begin + key
-                    at = k_row * k_strides[0] + kv_head * k_strides[1] + column * k_strides[2]
-                    inside = seen[:, None] & (d < HEAD_DIM)[None, :]
-                    k_tile = tl.load(k + at[:, None] + d[None, :], mask=inside, other=0.0).to(q_tile.dtype)
-                    at = k_row * v_strides[0] + kv_head * v_strides[1] + column * v_strides[2]
-                    inside = seen[:, None] & (e < V_DIM)[None, :]
-                    v_tile = tl.load(v + at[:, None] + e[None, :], mask=inside, other=0.0).to(q_tile.dtype)
-                    _, grad_s, _ = _tile_gradient(
+                    key_at = k_row * k_strides[0] + kv_head * k_strides[1] + column * k_strides[2]
+                    known_k = seen[:, None] & (d < HEAD_DIM)[None, :]
+                    k_tile = tl.load(k + key_at[:, None] + d[None, :], mask=known_k, other=0.0).to(q_tile.dtype)
+                    key_at = k_row * v_strides[0] + kv_head * v_strides[1] + column * v_strides[2]
+                    known_v = seen[:, None] & (e < V_DIM)[None, :]
+                    v_tile = tl.load(v + key_at[:, None] + e[None, :], mask=known_v, other=0.0).to(q_tile.dtype)
+                    _used, grad_s, _grad_raw = _tile_gradient(
                         q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length,
                         shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left,
                         right, keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,

@@ -168,8 +168,9 @@ def slot_of(token, seq, batch, positions, block_table, cache_seqlens, position_s
         last = batch * seq
         for first in range(token + 1, last, 128):
             other = tl.minimum(first + tl.arange(0, 128), last - 1)
-            place, at, _ = _place(other, seq, positions, block_table, cache_seqlens, position_strides, table_strides,
-                                  seqlens_stride, table_blocks, num_blocks, page_size)  # fmt: skip
+            place, at, _position = _place(other, seq, positions, block_table, cache_seqlens, position_strides,
+                                          table_strides, seqlens_stride, table_blocks, num_blocks,
+                                          page_size)  # fmt: skip
             rivals += tl.sum(((place == outer) & (at == slot)).to(tl.int32), 0)
         write = write & (rivals == 0)
     return outer.to(tl.int64), slot.to(tl.int64), position.to(tl.int64), write
@@ -194,7 +195,7 @@ def _append(k, v, cache_k, cache_v, k_strides, v_strides, k_cache_strides, v_cac
     blocks = tl.cdiv(heads, HEADS)
     token = tl.program_id(0) // (2 * blocks)
     part = tl.program_id(0) % (2 * blocks)
-    outer, slot, _, write = slot_of(token, seq, batch, positions, block_table, cache_seqlens, position_strides,
+    outer, slot, _position, write = slot_of(token, seq, batch, positions, block_table, cache_seqlens, position_strides,
                                     table_strides, seqlens_stride, table_blocks, num_blocks, page_size)  # fmt: skip
     b, t = (token // seq).to(tl.int64), (token % seq).to(tl.int64)
     if part < blocks:

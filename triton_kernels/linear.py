@@ -297,7 +297,8 @@ def _code(x, scale, good):
 @triton.jit
 def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups,
                   BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-                  PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
+                  PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  GROUPED: tl.constexpr):  # fmt: skip
     first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, 32)

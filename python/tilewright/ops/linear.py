@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import (
+    check_backend,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 from tilewright.ops.weight_rows import SPEC
 
 if TYPE_CHECKING:
@@ -48,7 +56,7 @@ def quantized_linear(
     except AttributeError:
         raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
     columns, threshold, latent = weight.columns, weight.outlier_threshold, weight.latent
-    if backend != "reference" and direct(x, packed, bias, out, latent):
+    if backend in ("auto", "cpu") and direct(x, packed, bias, out, latent):
         return _linear(x, packed, bias, None, columns, *spec, activation, threshold, out)
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
@@ -63,7 +71,9 @@ def quantized_linear(
         result = quantized_linear_reference(x, weight, bias, activation=activation).to(x.dtype)
         record_reference(_OP)
     else:
-        result = torch.ops.tilewright.quantized_linear(x, packed, bias, latent, columns, *spec, activation, threshold)
+        result = torch.ops.tilewright.quantized_linear(
+            x, packed, bias, latent, columns, *spec, activation, threshold, backend
+        )
     return result if out is None else out.copy_(result)
 
 
@@ -131,8 +141,17 @@ def _linear(
     return out
 
 
-def _linear_cpu(x, packed, bias, latent, columns, n, k, codes, group_size, offset, scale, activation, threshold):
-    return _linear(x, packed, bias, latent, columns, n, k, codes, group_size, offset, scale, activation, threshold)
+def _linear_any(x, packed, bias, latent, columns, *spec_and_backend):
+    *spec, activation, threshold, backend = spec_and_backend
+    if served_by(_OP, backend, x) == "cpu":
+        return _linear(x, packed, bias, latent, columns, *spec, activation, threshold)
+    if threshold > 0 and activation.startswith("int8"):
+        raise NotImplementedError(
+            f"{_OP}: outlier_threshold with integer activations has no GPU kernel; supported is activation='bf16'"
+        )
+    if columns is not None:
+        x = x.index_select(-1, columns)
+    return twin("linear").linear(x, twin("weight").gpu_weight(packed, *spec), bias, activation)
 
 
 def _linear_fake(x, packed, bias, latent, columns, n, k, *_):
@@ -144,7 +163,7 @@ def _linear_fake(x, packed, bias, latent, columns, n, k, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, packed, bias, latent, columns, *spec, _, _ = inputs
+    x, packed, bias, latent, columns, *spec, _, _, _ = inputs
     ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
     ctx.latent_dtype = None if latent is None else latent.dtype
     ctx.save_for_backward(packed, columns, None if latent is None else x)
@@ -165,14 +184,15 @@ def _backward(ctx, grad):
     if x is not None:  # straight through the rounding
         grad_latent = grad.reshape(-1, grad.shape[-1]).float().t() @ x.reshape(-1, x.shape[-1]).float()
         grad_latent = grad_latent.to(ctx.latent_dtype)
-    return grad_x, None, grad_bias, grad_latent, *(None,) * 9
+    return grad_x, None, grad_bias, grad_latent, *(None,) * 10
 
 
 register(
     "quantized_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? latent, Tensor? columns, "
-    f"{SPEC}, str activation, float outlier_threshold) -> Tensor",
-    _linear_cpu,
+    f"{SPEC}, str activation, float outlier_threshold, str backend) -> Tensor",
+    _linear_any,
     _linear_fake,
+    on_gpu=True,
     backward=_backward,
     setup_context=_setup_context,
 )
