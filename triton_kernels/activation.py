@@ -20,6 +20,8 @@ _CONFIGS = [triton.Config({}, num_warps=4, num_stages=1)]
 
 def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`tilewright.silu_mul` and `tilewright.gelu_mul`; activation: "silu", "gelu" or "gelu_tanh"."""
+    if activation not in ("silu", "gelu", "gelu_tanh"):
+        raise ValueError(f'act_mul: activation must be silu, gelu or gelu_tanh, got "{activation}"')
     op = "silu_mul" if activation == "silu" else "gelu_mul"
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
@@ -49,7 +51,7 @@ def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _act_mul(
     gate, up, out, gate_rows, up_rows, count, n, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -20,6 +20,7 @@ from torch import Tensor
 from tilewright.ops.attention_reference import Operands, Options
 from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count
 from tilewright.triton_kernels.attention_scores import (
+    ANY_VALUE,
     diagonal_shift,
     dropout_rows,
     kept,
@@ -136,7 +137,7 @@ def _shared(config: triton.Config, t: Operands) -> int:
     return config.num_stages * tiles + m * max(block_d, n) * t.q.dtype.itemsize + 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _forward(
     q, k, v, out, lse, mask, bias, alibi, sinks, q_start, q_end, k_start, k_end, k_batch, block_table, seed, partial,
     partial_stats, q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides, alibi_stride, table_stride,
@@ -294,7 +295,7 @@ def _log_sum(top, weight, UNIT: tl.constexpr):
     return tl.where(weight == 0.0, float("-inf"), value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _merge(
     partial, partial_stats, out, lse, sinks, out_strides, q_start, q_end, k_start, k_end, k_batch, seq_q, capacity,
     k_rows, kv_heads, left, right, drop_scale, splits, CHUNK: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tilewright.ops.attention_reference import Operands, Options
 from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count
 from tilewright.triton_kernels.attention_scores import (
+    ANY_VALUE,
     diagonal_shift,
     dropout_rows,
     kept,
@@ -163,7 +164,7 @@ def _shared(config: triton.Config, t: Operands) -> int:
     return (config.num_stages * max(m, n) + m + n) * per_row + 2 * m * n * 4 + 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "heads", "seq_q"])
 def _delta(grad_out, out, lse, grad_lse, delta, grad_strides, out_strides, count, heads, seq_q, V_DIM: tl.constexpr,
            BLOCK_V: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """rowsum(dO * O) - dlse of ROWS rows, counted over (batch, heads, seq_q)."""
@@ -213,7 +214,7 @@ def _tile_gradient(
     return used, grad_s, grad_raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _grad_kv(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, mask, bias, alibi, q_start, q_end, k_start, k_end, k_batch,
     block_table, seed, q_strides, k_strides, v_strides, grad_strides, grad_k_strides, grad_v_strides, mask_strides,
@@ -286,7 +287,7 @@ def _grad_kv(
         tl.store(grad_v + at[:, None] + e[None, :], dv.to(grad_v.dtype.element_ty), mask=inside_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _grad_q(
     q, k, v, grad_out, lse, delta, grad_q, slopes, mask, bias, alibi, q_start, q_end, k_start, k_end, k_batch,
     block_table, seed, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, mask_strides, bias_strides,
@@ -366,7 +367,7 @@ def _grad_q(
             tl.store(slopes + lse_at, slope, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _grad_bias(
     q, k, v, grad_out, lse, delta, grad_bias, mask, bias, alibi, q_start, q_end, k_start, k_end, k_batch, block_table,
     seed, q_strides, k_strides, v_strides, grad_strides, mask_strides, bias_strides, alibi_stride, table_stride, sizes,

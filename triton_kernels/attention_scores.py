@@ -14,6 +14,11 @@ import triton.language as tl
 from tilewright.triton_kernels.special import tanh
 
 LOG2E = 1.4426950408889634
+# Sizes that bound loops and masks of rows: other values need no other code.
+ANY_VALUE = [
+    "batch", "seq_q", "capacity", "k_rows", "num_pages", "page_size", "kv_heads", "splits", "left", "right", "heads",
+    "sizes",
+]  # fmt: skip
 
 
 @triton.jit

@@ -15,6 +15,11 @@ from tilewright.triton_kernels.launch import check_floats, run
 
 _OP = "kv_append"
 _TILE = 2048  # elements of a program: 16 a thread
+# Sizes that bound loops and masks of tokens and heads: other values need no other code.
+ANY_VALUE = [
+    "seq", "batch", "heads", "kv_heads", "table_blocks", "num_blocks", "page_size", "max_positions", "seqlens_stride",
+    "position_strides", "table_strides",
+]  # fmt: skip
 _CONFIGS = [triton.Config({}, num_warps=4, num_stages=1)]
 
 
@@ -188,7 +193,7 @@ def copy_heads(x, cache, start, strides, to, head_stride, first, heads, dim, wri
     tl.store(cache + at, value.to(cache.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _append(k, v, cache_k, cache_v, k_strides, v_strides, k_cache_strides, v_cache_strides, heads, seq, dim, v_dim,
             positions, block_table, cache_seqlens, position_strides, table_strides, seqlens_stride, table_blocks,
             num_blocks, page_size, batch, HEADS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip

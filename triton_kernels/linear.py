@@ -158,7 +158,7 @@ def _group(column, groups, GROUP: tl.constexpr):
         return tl.minimum(column // GROUP, groups - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
           MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -203,7 +203,7 @@ def _tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.con
     return (first + within % height) * BLOCK_M, within // height * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def _gemm(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
           MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
           BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
@@ -294,7 +294,7 @@ def _code(x, scale, good):
     return tl.where(good & (scale > 0.0), tl.minimum(tl.maximum(whole, -127.0), 127.0), 0.0).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups,
                   BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
                   PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

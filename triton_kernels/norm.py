@@ -98,7 +98,7 @@ def _finish(value, rstd, weight, bias, out, row, first, inside, out_rows, n, COL
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _norm(x, residual, weight, bias, out, total, x_rows, residual_rows, out_rows, count, n, eps,
           CENTRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

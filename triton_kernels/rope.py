@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewright.triton_kernels.kv_append import (
+    ANY_VALUE,
     check_caches,
     check_positions,
     copy_heads,
@@ -45,7 +46,7 @@ def rope_into(
         {
             "q": q, "k": k, "out_q": out_q, "out_k": out_k, "cos": cos, "sin": sin, "positions": positions,
             "q_strides": q.stride()[:3], "k_strides": k.stride()[:3], "out_q_strides": out_q.stride()[:3],
-            "out_k_strides": out_k.stride()[:3], "table_strides": (cos.stride(0), sin.stride(0)),
+            "out_k_strides": out_k.stride()[:3], "cos_strides": (cos.stride(0), sin.stride(0)),
             "position_strides": position_strides(positions), "seq": seq, "heads": heads, "kv_heads": kv_heads,
             "dim": dim, "half": half, "max_positions": cos.shape[0], "INTERLEAVED": interleaved, "INPLACE": inplace,
             "HEADS": block, "HALF": triton.next_power_of_2(half), "REST": rest,
@@ -187,8 +188,8 @@ def _angles(cos, sin, position, strides, half, max_positions, HALF: tl.constexpr
     return c, s
 
 
-@triton.jit
-def _rope(q, k, out_q, out_k, cos, sin, positions, q_strides, k_strides, out_q_strides, out_k_strides, table_strides,
+@triton.jit(do_not_specialize=ANY_VALUE)
+def _rope(q, k, out_q, out_k, cos, sin, positions, q_strides, k_strides, out_q_strides, out_k_strides, cos_strides,
           position_strides, seq, heads, kv_heads, dim, half, max_positions, INTERLEAVED: tl.constexpr,
           INPLACE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):  # fmt: skip
     q_blocks = tl.cdiv(heads, HEADS)
@@ -199,7 +200,7 @@ def _rope(q, k, out_q, out_k, cos, sin, positions, q_strides, k_strides, out_q_s
     position = t
     if positions is not None:
         position = tl.load(positions + b * position_strides[0] + t * position_strides[1])
-    c, s = _angles(cos, sin, position, table_strides, half, max_positions, HALF)
+    c, s = _angles(cos, sin, position, cos_strides, half, max_positions, HALF)
     if part < q_blocks:
         _rotate(q, out_q, b * q_strides[0] + t * q_strides[2], q_strides[1],
                 b * out_q_strides[0] + t * out_q_strides[2], out_q_strides[1], part * HEADS, heads, dim, half, c, s,
@@ -210,7 +211,7 @@ def _rope(q, k, out_q, out_k, cos, sin, positions, q_strides, k_strides, out_q_s
                 half, c, s, True, INTERLEAVED, INPLACE, HEADS, HALF, REST)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _rope_append(q, k, v, out, cache_k, cache_v, cos, sin, q_strides, k_strides, v_strides, out_strides,
                  k_cache_strides, v_cache_strides, cos_strides, seq, heads, kv_heads, dim, half, v_dim, max_positions,
                  positions, block_table, cache_seqlens, position_strides, table_strides, seqlens_stride, table_blocks,
