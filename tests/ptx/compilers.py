@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,16 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="NO NVCC: CUDA 
 needs_triton = pytest.mark.skipif(not have_triton(), reason="NO TRITON: Triton kernels are not compiled and not run")
 
 
-def _nvcc(source: str, output: str, flags: tuple[str, ...]) -> Path:
+def _nvcc(sources: tuple[str | Path, ...], output: str, flags: tuple[str, ...]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="nvcc-", dir=_scratch()))
-    (folder / "kernel.cu").write_text(source)
-    command = ["nvcc", *flags, str(folder / "kernel.cu"), "-o", str(folder / output)]
+    files = []
+    for n, source in enumerate(sources):
+        if isinstance(source, str):
+            files.append(folder / f"kernel{n or ''}.cu")
+            files[-1].write_text(source)
+        else:
+            files.append(source)
+    command = ["nvcc", *flags, *map(str, files), "-o", str(folder / output)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise PtxError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -50,16 +56,16 @@ def _scratch() -> str:
 
 
 @functools.cache
-def nvcc_module(source: str, flags: tuple[str, ...] = (), arch: str = "sm_80") -> Module:
-    """The module that nvcc makes of CUDA source text."""
-    return Module(_nvcc(source, "kernel.ptx", (*NVCC_FLAGS, f"-arch={arch}", "-ptx", *flags)).read_text())
+def nvcc_module(source: str | Path, flags: tuple[str, ...] = (), arch: str = "sm_80") -> Module:
+    """The module that nvcc makes of a .cu file, or of CUDA source text."""
+    return Module(_nvcc((source,), "kernel.ptx", (*NVCC_FLAGS, f"-arch={arch}", "-ptx", *flags)).read_text())
 
 
 @functools.cache
-def nvcc_library(source: str, flags: tuple[str, ...] = (), arch: str = "sm_80") -> Path:
-    """A shared library of host code with its kernels inside, for the stand-in of the CUDA runtime."""
+def nvcc_library(*sources: str | Path, flags: tuple[str, ...] = (), arch: str = "sm_80") -> Path:
+    """A shared library of .cu files (or texts): host code for the stand-in of the CUDA runtime, kernels inside."""
     link = ("-cudart", "none", "--compress-mode=none", "-Xcompiler", "-fPIC", "-shared")
-    return _nvcc(source, "libkernel.so", (*NVCC_FLAGS, f"-arch={arch}", *link, *flags))
+    return _nvcc(sources, "libkernel.so", (*NVCC_FLAGS, f"-arch={arch}", *link, *flags))
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,17 @@ def triton_kernel(
     fn: Callable[..., None],
     signature: Mapping[str, str],
     constexprs: Mapping[str, object] | None = None,
+    divisible: Collection[str] = (),
     **options: int,
 ) -> TritonKernel:
-    """Compile a @triton.jit function for sm_80. Pointers and integers count as divisible by 16."""
+    """Compile a @triton.jit function for sm_80.
+
+    Args:
+        signature: the type of each argument that is no constexpr: "*bf16", "i32", "fp32".
+        divisible: integers that are multiples of 16, as Triton finds out at a launch; pointers always are. A launch
+            with another number then does what the compiled code does with it: expect misaligned accesses.
+        options: num_warps, num_stages.
+    """
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -94,8 +108,8 @@ def triton_kernel(
     types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
     attrs = {
         (n,): [["tt.divisibility", 16]]
-        for n, t in enumerate(types.values())
-        if t.startswith("*") or (t.startswith("i") and t != "i1")
+        for n, (name, t) in enumerate(types.items())
+        if t.startswith("*") or name in divisible
     }
     source = ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": True, **options})

@@ -206,7 +206,12 @@ void run_warp_sync(Warp& w, const Inst& i, Mask exec) {
     if (exec >> l & 1) needed |= w.lane<uint32_t>(i.a)[l];
   needed &= w.started;  // of a last warp that is not full, a full mask means the lanes that are there
   if (!w.gather(i, exec, needed)) return;
-  warp_sync(w, needed);
+  // Parts of the warp may synchronise at one instruction, each on its own.
+  for (Mask left = exec; left;) {
+    const Mask members = w.lane<uint32_t>(i.a)[first_lane(left)] & w.started;
+    warp_sync(w, members);
+    left &= ~(members | 1u << first_lane(left));
+  }
 }
 
 void decode_bar(Decoder& d) {

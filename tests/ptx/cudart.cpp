@@ -37,7 +37,9 @@ struct Entry {  // a __global__ function of a loaded library
 };
 struct Runtime {
   std::map<void*, std::unique_ptr<ptx::Library>> libraries;  // by handle
-  std::map<const void*, Entry> functions;                    // by the address of the host's stub
+  std::map<const ptx::Library*, int> numbers;                // in the order in which they were loaded
+  int next_number = 0;
+  std::map<const void*, Entry> functions;  // by the address of the host's stub
   std::map<const void*, std::pair<uint64_t, size_t>> variables;
   std::map<void*, size_t> allocations;
   std::vector<Call> calls;
@@ -173,9 +175,13 @@ PTX_API const char* ptx_runtime_take() {
   runtime().last = kSuccess;
   return taken.c_str();
 }
-PTX_API ptx::Kernel* ptx_runtime_kernel(const char* name) {
+// How many libraries were loaded so far; a kernel of those from `first` to before `end`, as two may have one
+// name.
+PTX_API int ptx_runtime_libraries() { return runtime().next_number; }
+PTX_API ptx::Kernel* ptx_runtime_kernel(const char* name, int first, int end) {
   for (const auto& [address, entry] : runtime().functions)
-    if (entry.name == name) return &entry.library->kernel(name);
+    if (const int n = runtime().numbers[entry.library]; entry.name == name && n >= first && n < end)
+      return &entry.library->kernel(name);
   return nullptr;
 }
 PTX_API void ptx_runtime_options(uint64_t seed, int resident, uint64_t max_warp_instructions, int capturing) {
@@ -187,7 +193,8 @@ PTX_API void ptx_runtime_options(uint64_t seed, int resident, uint64_t max_warp_
 PTX_API void** __cudaRegisterFatBinary(void* wrapper) {
   auto** handle = new void*(wrapper);
   try {
-    runtime().libraries[handle] = std::make_unique<ptx::Library>(find_ptx(wrapper));
+    auto& library = runtime().libraries[handle] = std::make_unique<ptx::Library>(find_ptx(wrapper));
+    runtime().numbers[library.get()] = runtime().next_number++;
   } catch (const std::exception& e) {
     runtime().problem = e.what();
   }

@@ -206,6 +206,18 @@ void decode_div(Decoder& d) {
     emit<2, Div>(d, t, imm);
 }
 
+// rcp.approx.ftz.f64 looks at the upper half of its operand's bits and gives the upper half of a result;
+// compilers refine it themselves.
+struct ReciprocalOfUpperHalf {
+  double operator()(double a) const {
+    constexpr uint64_t kUpper = 0xffffffff00000000ull;
+    const double x = std::bit_cast<double>(std::bit_cast<uint64_t>(a) & kUpper);
+    const double r = canonical(1 / (std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x));
+    return std::fabs(r) < 0x1p-1022 ? std::copysign(0.0, r)
+                                    : std::bit_cast<double>(std::bit_cast<uint64_t>(r) & kUpper);
+  }
+};
+
 // sqrt and rcp, exactly rounded; .approx is computed the same.
 template <class Op>
 void decode_root(Decoder& d) {
@@ -214,6 +226,8 @@ void decode_root(Decoder& d) {
   if (rounding(d, imm) == approximate) d.unsupported("without a rounding");
   if (d.take("ftz")) imm |= kFlush;
   const Type t = d.type();
+  if (std::is_same_v<Op, Reciprocal> && approximate && t == Type::kF64 && imm == kFlush)
+    return d.emit(run1<double, double, ReciprocalOfUpperHalf>, t, {t});
   if ((t != Type::kF32 && t != Type::kF64) || (approximate && t != Type::kF32)) d.unsupported();
   emit<1, Op>(d, t, imm);
 }

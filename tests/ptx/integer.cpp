@@ -190,12 +190,19 @@ void emit_carry(Decoder& d, Type t, uint32_t what) {
     d.emit(run, t, {t, t});
 }
 
+// Numbers, not bits: add.b32 does not exist.
+Type number_type(Decoder& d) {
+  const Type t = d.type();
+  if (t < Type::kU16 || t > Type::kS64 || t == Type::kS8) d.unsupported();
+  return t;
+}
+
 template <bool kSubtracts>
 void decode_add(Decoder& d) {
   const bool carries = d.take("cc");
   if (!carries && decode_float2(d, kSubtracts ? Float2::kSub : Float2::kAdd)) return;
   const bool saturated = d.take("sat");
-  const Type t = d.type();
+  const Type t = number_type(d);
   if (carries) return emit_carry(d, t, (kSubtracts ? kSubtract : 0) | kCarryOut);
   if (saturated) {
     if (t != Type::kS32) d.unsupported();
@@ -204,13 +211,12 @@ void decode_add(Decoder& d) {
                   t, {t, t});
   }
   const Type u = unsigned_of(t);
-  if (integer2<Add>(t) == nullptr) d.unsupported();
   d.emit(kSubtracts ? integer2<Sub>(u) : integer2<Add>(u), u, {u, u}, Rule::kAdd);
 }
 
 template <bool kSubtracts>
 void decode_addc(Decoder& d) {
-  const Type t = d.type();
+  const Type t = number_type(d);
   emit_carry(d, t, kCarryIn | (kSubtracts ? kSubtract : 0));
 }
 
@@ -253,7 +259,7 @@ void decode_mul(Decoder& d) {
     if (!decode_float2(d, Float2::kMul)) d.unsupported();
     return;
   }
-  const Type t = d.type();
+  const Type t = number_type(d);
   if (part == "wide") return d.emit(wide2<MulWide>(t), widened(t), {t, t});
   if (part == "lo") return d.emit(integer2<MulLo>(t), t, {t, t}, Rule::kAdd);
   d.emit(integer2<MulHi>(t), t, {t, t});
@@ -267,7 +273,7 @@ void decode_mad(Decoder& d) {
     return;
   }
   const bool saturated = d.take("sat");
-  const Type t = d.type();
+  const Type t = number_type(d);
   if (carries) {
     if (part == "wide") d.unsupported();
     return emit_carry(d, t, kMultiply | kCarryOut | (part == "hi" ? kHigh : 0));
@@ -285,14 +291,14 @@ void decode_madc(Decoder& d) {
   const std::string_view part = d.take_any({"lo", "hi"});
   if (part.empty()) d.unsupported();
   const bool out = d.take("cc");
-  const Type t = d.type();
+  const Type t = number_type(d);
   emit_carry(d, t, kMultiply | kCarryIn | (part == "hi" ? kHigh : 0) | (out ? kCarryOut : 0));
 }
 
 template <template <bool> class Op, bool kThree>
 void decode_24(Decoder& d) {
   const std::string_view part = d.take_any({"lo", "hi"});
-  const Type t = d.type();
+  const Type t = number_type(d);
   if (part.empty() || (t != Type::kU32 && t != Type::kS32)) d.unsupported();
   if constexpr (kThree)
     d.emit(part == "hi" ? integer3<Op<true>>(t) : integer3<Op<false>>(t), t, {t, t, t});
@@ -303,14 +309,14 @@ void decode_24(Decoder& d) {
 template <bool kIsMax>
 void decode_extreme(Decoder& d) {
   if (decode_float2(d, kIsMax ? Float2::kMax : Float2::kMin)) return;
-  const Type t = d.type();
+  const Type t = number_type(d);
   d.emit(kIsMax ? integer2<Max>(t) : integer2<Min>(t), t, {t, t});
 }
 
 template <bool kNegates>
 void decode_sign(Decoder& d) {
   if (decode_float1(d, kNegates ? Float1::kNeg : Float1::kAbs)) return;
-  const Type t = d.type();
+  const Type t = number_type(d);
   if (t != Type::kS16 && t != Type::kS32 && t != Type::kS64) d.unsupported();
   d.emit(kNegates ? integer1<Neg>(t) : integer1<Abs>(t), t, {t}, kNegates ? Rule::kAdd : Rule::kAll);
 }
@@ -318,7 +324,7 @@ void decode_sign(Decoder& d) {
 template <bool kRemainder>
 void decode_divide(Decoder& d) {
   if (!kRemainder && decode_float2(d, Float2::kDiv)) return;
-  const Type t = d.type();
+  const Type t = number_type(d);
   d.emit(divide<kRemainder>(t), t, {t, t});
 }
 
@@ -375,7 +381,7 @@ void add_integer(Opcodes& o) {
   o["div"] = decode_divide<false>;
   o["rem"] = decode_divide<true>;
   o["sad"] = [](Decoder& d) {
-    const Type t = d.type();
+    const Type t = number_type(d);
     d.emit(integer3<Sad>(t), t, {t, t, t});
   };
   o["dp4a"] = decode_dot<true>;

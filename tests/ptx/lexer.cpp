@@ -165,6 +165,13 @@ std::string Lexer::string() {
 
 void Lexer::skip_line() { at_ = std::min(text_.find('\n', at_), text_.size()); }
 
+void Lexer::skip_past(char c) {
+  while (!accept(c)) {
+    if (at_end()) fail(line_, "expected '%c'", c);
+    ++at_;
+  }
+}
+
 void Lexer::skip_braces() {
   expect('{');
   for (int depth = 1; depth; ++at_) {

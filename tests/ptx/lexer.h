@@ -25,6 +25,7 @@ class Lexer {
   Operand number();
   std::string string();
   void skip_line();
+  void skip_past(char c);
   void skip_braces();  // a balanced { }
 
  private:

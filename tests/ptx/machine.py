@@ -158,6 +158,8 @@ def on_device(array: object, *, defined: bool = True, name: str = "") -> object:
     With ``defined=False`` its contents may be written and not read: reading them before is undefined data.
     """
     begin, end = extent(array)
+    if any(b < end and begin < e and (b, e) != (begin, end) for b, e in _registered):
+        raise ValueError("expected memory of its own, got a part of memory that is on the device, or more than it")
     checked(load().ptx_memory_add(begin, end - begin, defined, (name or f"array {tuple(array.shape)}").encode()))
     _registered[begin, end] = _registered.get((begin, end), 0) + 1
     weakref.finalize(array, _forget, begin, end)
@@ -185,6 +187,8 @@ def _launch_memory(arrays: list[object]) -> Iterator[None]:
     for begin, end in spans:
         if any(b <= begin and end <= e for b, e in _registered):
             continue
+        if any(b < end and begin < e for b, e in _registered):
+            raise ValueError("an argument reaches beyond the memory that on_device was given")
         if merged and begin < merged[-1][1]:
             merged[-1][1] = max(merged[-1][1], end)
         elif end > begin:

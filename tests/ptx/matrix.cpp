@@ -148,10 +148,13 @@ void run_mma(Warp& w, const Inst& i, Mask exec) {
   for (uint32_t l = 0; l < kLanes; ++l)
     for (uint32_t e = 0; e < 4; ++e) {
       const uint32_t bits = w.lane<uint32_t>(c_slots[half_sum ? e / 2 : e])[l];
-      c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2] =
-          half_sum           ? half_to_float(static_cast<uint16_t>(bits >> 16 * (e & 1)))
-          : dt == Type::kF32 ? std::bit_cast<float>(bits)
-                             : static_cast<int32_t>(bits);
+      double& sum = c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
+      if (half_sum)
+        sum = half_to_float(static_cast<uint16_t>(bits >> 16 * (e & 1)));
+      else if (dt == Type::kF32)
+        sum = std::bit_cast<float>(bits);
+      else
+        sum = static_cast<int32_t>(bits);
     }
   for (uint32_t row = 0; row < 16; ++row)
     for (uint32_t n = 0; n < k; ++n)

@@ -99,16 +99,17 @@ bool find(Warp& w, const Inst& i, Space space, int lane, uint64_t address, uint3
                  "an access of " + std::to_string(bytes) + " bytes at " + at() + ": " + why);
     return false;
   };
+  const auto within = [&](uint64_t begin, uint64_t end) {
+    return address >= begin && address <= end && bytes <= end - address;
+  };
   Launch& launch = *w.launch;
   out.address = address;
   switch (space) {
     case Space::kShared: {
       Region& r = w.block->shared;
       const Program& p = *launch.program;
-      bool inside =
-          address >= p.dynamic_shared && address + bytes <= p.dynamic_shared + launch.dynamic_shared;
-      for (const auto& range : p.shared)
-        inside = inside || (address >= range.begin && address + bytes <= range.end);
+      bool inside = within(p.dynamic_shared, p.dynamic_shared + launch.dynamic_shared);
+      for (const auto& range : p.shared) inside = inside || within(range.begin, range.end);
       if (!inside)
         return outside("the block has " + std::to_string(launch.dynamic_shared) +
                        " bytes of dynamic shared memory at " + std::to_string(p.dynamic_shared) + " and " +
@@ -118,19 +119,19 @@ bool find(Warp& w, const Inst& i, Space space, int lane, uint64_t address, uint3
     }
     case Space::kLocal: {
       const uint64_t end = w.frame->local_base + w.frame->code->local_bytes;
-      if (address < 64 || address + bytes > end) return outside("the stack ends at " + std::to_string(end));
+      if (!within(64, end)) return outside("the stack ends at " + std::to_string(end));
       const uint64_t offset = static_cast<uint64_t>(lane) * w.local_bytes + address;
       out.region = nullptr, out.data = &w.local[offset], out.shadow = &w.local_shadow[offset];
       return true;
     }
     case Space::kParam:
-      if (address + bytes > launch.params.size())
+      if (!within(0, launch.params.size()))
         return outside("the kernel has " + std::to_string(launch.params.size()) + " bytes of parameters");
       out.region = nullptr, out.data = &launch.params[address], out.shadow = nullptr;
       return true;
     default: {
       Region* r = launch.device->find(address);
-      if (!r || address + bytes > r->end) return outside(launch.device->nearest(address + bytes - 1));
+      if (!r || !within(r->begin, r->end)) return outside(launch.device->nearest(address + bytes - 1));
       out.region = r, out.data = r->data + (address - r->begin), out.shadow = r->shadow_at(address);
       return true;
     }

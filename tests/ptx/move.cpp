@@ -65,8 +65,8 @@ void decode_mov(Decoder& d) {
   const int bytes = size_of(t);
   const auto element = [&](size_t count) {
     const int n = bytes / static_cast<int>(count);
-    if ((count != 2 && count != 4) || (n != 2 && n != 4)) d.unsupported("of such a vector");
-    return n == 2 ? Type::kB16 : Type::kB32;
+    if ((count != 2 && count != 4) || n < 1 || n > 4) d.unsupported("of such a vector");
+    return n == 1 ? Type::kB8 : n == 2 ? Type::kB16 : Type::kB32;
   };
   d.i.bits = static_cast<uint8_t>(8 * bytes);
   if (d.operand(1).kind == Operand::kVector) {

@@ -128,8 +128,10 @@ def special_bits(type_: str, random: int = 12) -> tuple[int, ...]:
             f.infinity + 1,
             f.infinity | 1 << (f.precision - 2),
         ]
-        shift = size - f.bits if type_ != "tf32" else 0
-        picked = [p << shift for p in picked]
+        # Halfway between two values of a smaller format, the lower one even and odd.
+        for other in FORMATS.values():
+            if (cut := f.precision - other.precision) > 0:
+                picked += [one | 1 << (cut - 1), one | 3 << (cut - 1)]
         picked += [p | 1 << (size - 1) for p in picked]
         # Near to one another, so that sums cancel and products stay in range.
         near = [
@@ -226,3 +228,16 @@ def check(
             continue
         both_nan = result in FORMATS and all(v != v for v in (to_python(x, result) for x in (wanted, value)))
         assert both_nan, f"{body} of {[hex(b) for b in bits]}: expected {wanted:#x}, got {value:#x}"
+
+
+def assemble(body: str, params: str = "u64", declarations: str = "", functions: str = "") -> str:
+    """A module with the kernel ``test``: parameters p0, p1, ... of the types named, and some registers of each kind."""
+    parameters = ", ".join(f".param .{t} p{n}" for n, t in enumerate(params.split()))
+    return f"""{PRELUDE}
+{functions}
+.visible .entry test({parameters})
+{{
+  .reg .pred %p<10>; .reg .b16 %h<20>; .reg .b32 %r<40>; .reg .b64 %rd<20>; .reg .f32 %f<20>;
+  {declarations}
+  {body}
+}}"""

@@ -33,13 +33,15 @@ class HostLibrary:
         load().ptx_runtime_take.restype = ctypes.c_char_p
         load().ptx_runtime_kernel.restype = ctypes.c_void_p
         load().ptx_runtime_options.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._first = load().ptx_runtime_libraries()
         self._host = ctypes.CDLL(str(path))
+        self._end = load().ptx_runtime_libraries()
 
     def kernel(self, name: str) -> Kernel:
         """A kernel by its mangled name, for its instructions and to run without one of them."""
-        handle = load().ptx_runtime_kernel(name.encode())
+        handle = load().ptx_runtime_kernel(name.encode(), self._first, self._end)
         if handle is None:
-            raise PtxError(f"no loaded library registered a kernel {name!r}")
+            raise PtxError(f"the library registered no kernel {name!r}")
         return Kernel(checked(handle), self)
 
     def call(
