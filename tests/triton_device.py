@@ -1,13 +1,15 @@
-"""Runs the launchers of `tilewright.triton_kernels` without a GPU.
+"""Runs the launchers of `tilewright.triton_kernels` without a GPU: import this before any of them.
 
 In a process with TRITON_INTERPRET=1 they run in Triton's own interpreter, whose bfloat16 is wrong. Otherwise a launch
-compiles for sm_80, and the PTX that Triton emitted runs in tests/ptx, with its checks.
+compiles for sm_80, and the PTX that Triton emitted runs in tests/ptx, with its checks. Either way public functions
+called inside `running` with ``backend="triton"`` take CPU tensors. With TILEWRIGHT_TRITON_SWEEP=1 tests run all of
+their cases, else a choice.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "triton"))
+SWEEP = os.environ.get("TILEWRIGHT_TRITON_SWEEP", "") == "1"
 triton = pytest.importorskip("triton", reason="NO TRITON: Triton kernels are not compiled and not run")
+
+from tilewright.ops import registry  # noqa: E402
 
 if INTERPRETED:
     from triton.runtime.interpreter import InterpreterBuilder
@@ -33,20 +37,23 @@ if INTERPRETED:
     InterpreterBuilder.create_splat = _create_splat
 else:
     from ptx import Module, Report
+    from triton.backends.nvidia.compiler import CUDABackend
 
     from tilewright.bench.triton_compile import compiling
 
-# What bfloat16 is not asked of: Triton's interpreter.
+# What Triton's interpreter computes rightly, or what the kernels take.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+CACHE = Path(__file__).parent.parent / "build" / "triton"
 
 
 class Device:
-    """Where launches go inside `running`. ``reports``: what the PTX interpreter saw, by kernel and its hash."""
+    """Where launches go inside `running`. ``reports``: what the PTX interpreter saw, by the hash of what was compiled;
+    ``kernels``: what it ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.reports: dict[str, Report] = {}
         self.kernels: dict[str, object] = {}
-        self.seed = 0  # of the interpreter's schedule
+        self.seed = seed  # of the interpreter's schedule
 
     def launch(self, compiled, programs: int, arguments: dict) -> None:
         key = compiled.metadata.hash
@@ -59,6 +66,9 @@ class Device:
             (programs,), (32 * compiled.metadata.num_warps,), values, shared=compiled.metadata.shared, seed=self.seed
         )
         self.reports[key] = self.reports[key].merge(report) if key in self.reports else report
+
+
+SHARED = Device()  # compiled kernels last for the whole run
 
 
 def _leaves(types: object, values: object) -> Iterator[object]:
@@ -74,10 +84,28 @@ def _leaves(types: object, values: object) -> Iterator[object]:
 
 
 @contextmanager
-def running(device: Device) -> Iterator[Device]:
-    """Inside, a launch on CPU tensors runs."""
-    if INTERPRETED:
-        yield device
-        return
-    with compiling("sm_80", run=device.launch):
-        yield device
+def running(device: Device = SHARED) -> Iterator[Device]:
+    """Inside, ``backend="triton"`` takes CPU tensors; torch.empty gives NaN, so that nothing relies on old contents."""
+    registry.TRITON_DEVICES.add("cpu")
+    torch.use_deterministic_algorithms(True)
+    try:
+        if INTERPRETED:
+            yield device
+            return
+        assemble, folder = CUDABackend.make_cubin, triton.knobs.cache.dir
+        # PTX is what is run; its cache is no place for kernels without machine code.
+        CUDABackend.make_cubin = lambda *_: b""
+        triton.knobs.cache.dir = str(CACHE)
+        try:
+            with compiling("sm_80", run=device.launch):
+                yield device
+        finally:
+            CUDABackend.make_cubin, triton.knobs.cache.dir = assemble, folder
+    finally:
+        torch.use_deterministic_algorithms(False)
+        registry.TRITON_DEVICES.discard("cpu")
+
+
+def chosen(cases: Sequence, every: int) -> list:
+    """All cases in a sweep, else one of ``every`` so many."""
+    return list(cases) if SWEEP else list(cases[:: max(every, 1)])
