@@ -1,9 +1,10 @@
 """Registers, shared memory and occupancy of every configuration of every Triton kernel, without a GPU.
 
-    python -m bench.gpu_resources [--targets sm_80 sm_90 ...] [--json bench/results/gpu_resources.json]
+    python -m bench.gpu_resources [--targets sm_80 sm_90 ...] [--json FILE] [--docs FILE]
 
-Compiles what the launchers would launch and asks each target's assembler. Fails if a configuration spills registers or
-takes more shared memory than the target has.
+Compiles what the launchers would launch and asks each target's assembler. --json writes the table, --docs the part of
+it that docs/gpu.md shows. Exits with 1 if a configuration spills registers or takes more shared memory than its target
+has.
 """
 
 from __future__ import annotations
@@ -17,186 +18,219 @@ from pathlib import Path
 import torch
 
 import tilewright
-from tilewright.bench.triton_compile import TARGETS, compiling, resources
+from tilewright.bench.triton_compile import TARGETS, Launch, launches, resources
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options
 from tilewright.quant.weight import pack
 
 SHIPPED = ("sm_80", "sm_90", "sm_100", "gfx942")
+COLUMNS = ("case", "kernel", "blocks", "warps", "stages", "registers", "spilled", "shared", "occupancy")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of a multiprocessor: threads, registers, shared memory (a block also takes 1 KiB of it on NVIDIA's).
 _PROCESSOR = {
     "sm_80": (2048, 65536, 167_936), "sm_89": (1536, 65536, 102_400), "sm_90": (2048, 65536, 233_472),
     "sm_100": (2048, 65536, 233_472), "sm_120": (1536, 65536, 102_400), "gfx942": (2048, 4 * 512 * 64, 65_536),
 }  # fmt: skip
+Call = Callable[[], object]
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def cases() -> Iterator[tuple[str, Call]]:
     """(name, call) for every kernel in the shapes that choose its configurations."""
+    yield from _elementwise()
+    yield from _linear()
+    yield from _attention()
+
+
+def _elementwise() -> Iterator[tuple[str, Call]]:
     from tilewright.triton_kernels.activation import act_mul
     from tilewright.triton_kernels.kv_append import kv_append
     from tilewright.triton_kernels.norm import norm
     from tilewright.triton_kernels.rope import rope_append, rope_into
 
-    def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    x, weight = empty(64, 4096), empty(4096)
+    x = empty(64, 4096)
     for activation in ("silu", "gelu", "gelu_tanh"):
-        yield activation, lambda activation=activation: act_mul(x, x, activation)
-    for n, rows in ((4096, x), (128, empty(64, 32, 128)), (20000, empty(4, 20000))):
-        w = empty(n)
-        yield f"rms_norm n={n}, residual", lambda rows=rows, w=w: norm(rows, rows, w, None, 1e-5, False)
-        yield f"layer_norm n={n}", lambda rows=rows, w=w: norm(rows, None, w, w, 1e-5, True)
+        yield activation, lambda a=activation: act_mul(x, x, a)
+    for rows in (x, empty(64, 32, 128), empty(4, 20000)):
+        n = rows.shape[-1]
+        yield f"rms_norm n={n}, residual", lambda r=rows, n=n: norm(r, r, empty(n), None, 1e-5, False)
+        yield f"layer_norm n={n}", lambda r=rows, n=n: norm(r, None, empty(n), empty(n), 1e-5, True)
     q, k = empty(2, 32, 8, 128), empty(2, 8, 8, 128)
     cos, sin = tilewright.rope_tables(10000.0, 128, 64)
     pages, table = empty(16, 8, 16, 128), torch.zeros(2, 8, dtype=torch.int32)
-    seqlens = torch.zeros(2, dtype=torch.int32)
-    for interleaved in (False, True):
-        name = "interleaved" if interleaved else "halves"
-        yield f"rope {name}", lambda i=interleaved: rope_into(q, k, q, k, cos, sin, None, i, None)
-        yield (
-            f"rope + append {name}, paged",
-            lambda i=interleaved: rope_append(q, k, k, cos, sin, pages, pages, block_table=table,
-                                              cache_seqlens=seqlens, interleaved=i),
-        )  # fmt: skip
-    yield "kv_append dense", lambda: kv_append(pages[:2], pages[:2], k, k)
-    yield "kv_append paged", lambda: kv_append(pages, pages, k, k, None, table, seqlens)
-    yield from _linear()
-    yield from _attention()
-    del weight
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for i, name in enumerate(("halves", "interleaved")):
+        yield f"rope {name}", lambda i=i: rope_into(q, k, q, k, cos, sin, None, bool(i), None)
+        paged = {"block_table": table, "cache_seqlens": lengths, "interleaved": bool(i)}
+        yield f"rope_append {name}", lambda p=paged: rope_append(q, k, k, cos, sin, pages, pages, **p)
+    yield "kv_append", lambda: kv_append(pages[:2], pages[:2], k, k)
+    yield "kv_append paged", lambda: kv_append(pages, pages, k, k, None, table, lengths)
 
 
-def _linear() -> Iterator[tuple[str, Callable[[], object]]]:
+def _linear() -> Iterator[tuple[str, Call]]:
     from tilewright.triton_kernels.linear import linear
     from tilewright.triton_kernels.weight import gpu_weight
 
     n, k = 256, 512
-    for kind, group, offset in (("int4", 32, "none"), ("int4", 128, "zero"), ("int4", 32, "min"), ("int8", -1, "none")):
+    ways = [(BF16, "bf16"), (BF16, "int8")]
+    for kind, group, offset, more in (
+        ("int4", 32, "none", [(FP16, "fp32"), (FP32, "fp32"), (BF16, "int8_token")]),
+        ("int4", 128, "zero", []), ("int4", 32, "min", []), ("int8", -1, "none", []), ("int8", 16, "none", []),
+    ):  # fmt: skip
         groups = 1 if group == -1 else k // group
         codes, scales = torch.zeros(n, k, dtype=torch.uint8), torch.ones(n, groups)
         zeros = torch.zeros(n, groups, dtype=torch.uint8)
-        offsets = {"none": None, "zero": zeros, "min": scales}[offset]
-        packed = pack(codes, scales, offsets, kind, group, offset)
+        packed = pack(codes, scales, {"none": None, "zero": zeros, "min": scales}[offset], kind, group, offset)
         weight = gpu_weight(packed.packed, *packed.spec())
-        for m in (1, 4, 16, 32, 64, 128):
-            for dtype, activation in (
-                (BF16, "bf16"),
-                (FP16, "fp32"),
-                (FP32, "fp32"),
-                (BF16, "int8"),
-                (BF16, "int8_token"),
-            ):
-                name = f"linear {packed.format} m={m} {str(dtype)[6:]} {activation}"
-                x = torch.empty(m, k, dtype=dtype)
-                yield name, lambda x=x, weight=weight, a=activation: linear(x, weight, None, a)
+        for dtype, activation in ways + more:
+            for m in (1, 4, 16, 32, 64, 128):
+                name = f"linear {packed.format} {str(dtype)[6:]} {activation} m={m}"
+                x = empty(m, k, dtype=dtype)
+                yield name, lambda x=x, w=weight, a=activation: linear(x, w, None, a)
 
 
-def _attention() -> Iterator[tuple[str, Callable[[], object]]]:
+def _attention() -> Iterator[tuple[str, Call]]:
     from tilewright.triton_kernels.attention import attention
     from tilewright.triton_kernels.attention_backward import attention_backward
 
-    def operands(d: int, seq_q: int, seq_k: int, heads: int, dtype: torch.dtype, **more: object) -> Operands:
-        q, k = torch.empty(1, heads, seq_q, d, dtype=dtype), torch.empty(1, 2, seq_k, d, dtype=dtype)
-        return Operands(q, k, k.clone(), **more)
-
     causal = CAUSAL.index("bottom_right")
+
+    def operands(d: int, seq_q: int, seq_k: int, heads: int, dtype: torch.dtype) -> Operands:
+        k = empty(1, 2, seq_k, d, dtype=dtype)
+        return Operands(empty(1, heads, seq_q, d, dtype=dtype), k, k.clone())
+
+    def both(name: str, t: Operands, options: Options) -> Iterator[tuple[str, Call]]:
+        lse = empty(*t.q.shape[:3], dtype=FP32)
+        yield f"attention {name}", lambda: attention(t, options, True)
+        yield f"gradients {name}", lambda: attention_backward(t.q, lse, t, options, t.q, lse, True, True)
+
+    starts, seed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for dtype in (BF16, FP16, FP32):
         for d in (64, 128, 256, 512):
-            scale = d**-0.5
-            many = operands(d, 1024, 1024, 8, dtype)
-            name = f"{str(dtype)[6:]} head_dim={d}"
-            yield f"attention {name} causal", lambda t=many, s=scale: attention(t, Options(s, 0.0, causal), True)
+            name, plain = f"{str(dtype)[6:]} head_dim={d}", Options(d**-0.5, 0.0, causal)
+            t = operands(d, 1024, 1024, 8, dtype)
+            yield from both(name, t, plain)
             for rows in (16, 32, 64):
                 few = operands(d, 1, 4096, 2 * rows, dtype)
-                yield f"decode {name} rows={rows}", lambda t=few, s=scale: attention(t, Options(s, 0.0, causal), True)
-            lse = torch.empty(1, 8, 1024)
-            yield (
-                f"backward {name} causal",
-                lambda t=many, s=scale, lse=lse: attention_backward(
-                    t.q, None, t, Options(s, 0.0, causal), t.q, lse, False, False
-                ),
+                yield f"decode {name} rows={rows}", lambda t=few, o=plain: attention(t, o, True)
+            if dtype == FP16:
+                continue
+            mask, bias = torch.ones(1, 1, 1024, 1024, dtype=torch.bool), empty(1, 8, 1024, 1024, dtype=dtype)
+            everything = t._replace(
+                mask=mask, bias=bias, alibi=empty(8, dtype=FP32), sinks=empty(8, dtype=FP32), seed=seed
             )
-    # One case with every feature for each kernel: more registers than those above.
+            options = Options(0.1, 20.0, causal, 300, -1, 0.1)
+            yield from both(f"{name} every feature", everything, options)
+            for heads, seq_q in ((16, 1), (16, 8)):
+                few = everything._replace(q=empty(1, heads, seq_q, d, dtype=dtype), alibi=None, sinks=None)
+                few = few._replace(mask=mask[:, :, :seq_q], bias=bias[:, :1, :seq_q])
+                yield f"decode {name} rows={8 * seq_q} every feature", lambda t=few, o=options: attention(t, o, True)
     t = operands(128, 512, 512, 8, BF16)
-    seed, starts = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    full = t._replace(
-        mask=torch.ones(1, 1, 512, 512, dtype=torch.bool), bias=torch.empty(1, 8, 512, 512), alibi=torch.empty(8),
-        sinks=torch.empty(8), seed=seed, k_start=starts,
-    )  # fmt: skip
-    options = Options(0.1, 20.0, causal, 300, -1, 0.1)
-    lse = torch.empty(1, 8, 512)
-    yield "attention bfloat16 head_dim=128 with every feature", lambda: attention(full, options, True)
-    yield (
-        "backward bfloat16 head_dim=128 with every feature",
-        lambda: attention_backward(t.q, lse, full, options, t.q, lse, True, True),
-    )
-    packed = t._replace(q_start=starts, q_end=starts + 512, k_start=starts, k_end=starts + 512)
-    yield "attention bfloat16 head_dim=128 packed", lambda: attention(packed, options._replace(dropout_p=0.0), True)
-    yield (
-        "backward bfloat16 head_dim=128 packed",
-        lambda: attention_backward(t.q, None, packed, options._replace(dropout_p=0.0), t.q, lse, False, False),
-    )
-    pages = torch.empty(64, 2, 16, 128, dtype=BF16)
-    table = torch.zeros(1, 64, dtype=torch.int32)
+    ends = starts + 512
+    options = Options(0.1, 0.0, causal)
+    yield from both("bfloat16 packed", t._replace(q_start=starts, q_end=ends, k_start=starts, k_end=ends), options)
+    pages, table = empty(64, 2, 16, 128), torch.zeros(1, 64, dtype=torch.int32)
     for name, seq_q in (("decode", 1), ("attention", 512)):
-        q = torch.empty(1, 8, seq_q, 128, dtype=BF16)
-        paged = Operands(q, pages, pages.clone(), k_end=starts + 800, block_table=table)
-        yield f"{name} bfloat16 head_dim=128 paged", lambda t=paged: attention(t, Options(0.1, 0.0, causal), True)
+        paged = Operands(empty(1, 8, seq_q, 128), pages, pages.clone(), k_end=ends, block_table=table)
+        yield f"{name} bfloat16 paged", lambda t=paged: attention(t, options, True)
+
+
+def configurations(target: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every configuration that the target may run, once a case; nothing is compiled."""
+    for name, call in cases():
+        with launches(target, every=True) as found:
+            call()
+        seen = set()
+        for one in found:
+            key = (one.kernel.fn.__name__, str(one.blocks()), str(one.options))
+            if key not in seen:
+                seen.add(key)
+                yield name, one
+
+
+def describe(launch: Launch) -> tuple[str, str, int, int]:
+    """The columns kernel, blocks, warps, stages."""
+    blocks = " ".join(f"{name.removeprefix('BLOCK_').lower()}={size}" for name, size in launch.blocks().items())
+    return launch.kernel.fn.__name__.lstrip("_"), blocks, launch.options["num_warps"], launch.options["num_stages"]
 
 
 def occupancy(target: str, found: dict[str, int]) -> float:
     """Warps that fit a multiprocessor at once, of those that it can hold."""
     threads, registers, shared = _PROCESSOR[target]
-    lanes = 64 if target.startswith("gfx") else 32
     warps = found["warps"]
-    if lanes == 64:
-        per_warp = -(-found["registers"] // 8) * 8 * lanes
-        blocks = [registers // per_warp // warps, shared // max(found["shared"], 1)]
+    if target.startswith("gfx"):
+        lanes, per_warp, blocks = 64, -(-found["registers"] // 8) * 8 * 64, shared // max(found["shared"], 1)
     else:
-        per_warp = -(-found["registers"] * lanes // 256) * 256
-        blocks = [registers // per_warp // warps, shared // (found["shared"] + 1024), 32]
-    return min(*blocks, threads // (warps * lanes)) * warps * lanes / threads
+        lanes, per_warp = 32, -(-found["registers"] * 32 // 256) * 256
+        blocks = min(shared // (found["shared"] + 1024), 32)
+    return min(blocks, registers // per_warp // warps, threads // (warps * lanes)) * warps * lanes / threads
 
 
-def rows(target: str) -> Iterator[dict]:
-    """A line of the table for every configuration."""
-    seen = set()
-    for name, call in cases():
-        with compiling(target, every=True) as launches:
-            call()
-        for one in launches:
-            key = (one.compiled.metadata.hash, name)
-            if key in seen:
-                continue
-            seen.add(key)
-            found = resources(one.compiled)
-            blocks = {n: v for n, v in one.arguments.items() if n.isupper() and n.startswith("BLOCK")}
-            yield {
-                "target": target, "case": name, "kernel": one.compiled.metadata.name.lstrip("_"), "blocks": blocks,
-                "stages": one.compiled.metadata.num_stages, **found, "occupancy": round(occupancy(target, found), 3),
-                "shared_limit": TARGETS[target][1],
-            }  # fmt: skip
+def row(target: str, case: str, launch: Launch) -> tuple:
+    """A line of the table."""
+    found = resources(launch.compiled())
+    numbers = found["registers"], found["spilled"], found["shared"], round(occupancy(target, found), 3)
+    return case, *describe(launch), *numbers
+
+
+def problems(target: str, line: tuple) -> str:
+    """What is wrong with a line of the table, if anything."""
+    spilled, shared = line[6], line[7]
+    if spilled:
+        return f"{target} {line}: spills {spilled} bytes of registers"
+    if shared > TARGETS[target][1]:
+        return f"{target} {line}: needs {shared} bytes of shared memory, the limit is {TARGETS[target][1]}"
+    return ""
+
+
+def markdown(table: dict[str, list[tuple]]) -> str:
+    """The preferred configuration of each case: registers, KiB of shared memory and occupancy on each target."""
+    head = ["case", "kernel", "blocks", *table]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    first: dict[tuple[str, str], dict[str, tuple]] = {}
+    for target, found in table.items():
+        for line in found:
+            first.setdefault((line[0], line[1]), {}).setdefault(target, line)
+    for (case, kernel), by_target in first.items():
+        any_line = next(iter(by_target.values()))
+        blocks = f"{any_line[2]}, {any_line[3]} warps"
+        cells = []
+        for target in table:
+            line = by_target.get(target)
+            other = "" if line is None or line[2:5] == any_line[2:5] else f" ({line[2]}, {line[3]} warps)"
+            cells.append("" if line is None else f"{line[5]} / {line[7] / 1024:.0f} / {line[8]:.0%}{other}")
+        lines.append(f"| {case} | {kernel} | {blocks} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=SHIPPED, choices=TARGETS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
-    table = []
+    table: dict[str, list[tuple]] = {}
+    bad = 0
     for target in options.targets:
-        for row in rows(target):
-            bad = row["spilled"] > 0 or row["shared"] > row["shared_limit"]
-            print(
-                f"{'BAD ' if bad else ''}{row}" if bad or sys.stdout.isatty() else ".",
-                flush=True,
-                end="\n" if bad else "",
-            )
-            table.append(row)
+        lines = table.setdefault(target, [])
+        for case, launch in configurations(target):
+            lines.append(row(target, case, launch))
+            message = problems(target, lines[-1])
+            bad += bool(message)
+            print(message or ".", end="\n" if message else "", flush=True)
+        print(f" {target}: {len(lines)} configurations")
     if options.json:
-        options.json.write_text(json.dumps(table, indent=0) + "\n")
-    bad = [r for r in table if r["spilled"] or r["shared"] > r["shared_limit"]]
-    print(f"\n{len(table)} configurations, {len(bad)} spill or need too much shared memory")
+        body = ",\n".join(
+            f' "{t}": [\n' + ",\n".join(f"  {json.dumps(x)}" for x in found) + "\n ]" for t, found in table.items()
+        )
+        options.json.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
+    if options.docs:
+        before, _, rest = options.docs.read_text().partition("<!-- resources -->\n")
+        _, _, after = rest.partition("<!-- /resources -->\n")
+        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(table)}\n<!-- /resources -->\n{after}")
+    print(f"{bad} spill registers or need too much shared memory")
     return bool(bad)
 
 

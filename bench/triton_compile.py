@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -30,15 +29,6 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: the kernel compiled as the launcher's arguments and options specialise it."""
-
-    compiled: CompiledKernel
-    programs: int
-    arguments: dict
-
-
 class _Driver:
     """What Triton asks of a driver in order to compile."""
 
@@ -55,31 +45,55 @@ class _Driver:
         return 0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch in one configuration: what the launcher passed, and how many programs it asked for."""
+
+    kernel: triton.JITFunction
+    programs: int
+    arguments: dict
+    options: dict
+    target: str
+
+    def compiled(self) -> CompiledKernel:
+        """The kernel, specialised for the arguments as on a GPU."""
+        before = driver._active
+        driver.set_active(_Driver(TARGETS[self.target][0]))
+        try:
+            return self.kernel.warmup(grid=(1,), **self.arguments, **self.options)
+        finally:
+            driver._active = before
+
+    def blocks(self) -> dict[str, int]:
+        """The sizes that the configuration chose, or the launcher for it."""
+        return {n: v for n, v in self.arguments.items() if n.startswith("BLOCK") or n in _SIZES}
+
+
+_SIZES = ("ROWS", "COLUMNS", "HEADS", "SPLITS")
+
+
 @contextmanager
-def compiling(
-    target: str, every: bool = False, run: Callable[[CompiledKernel, int, dict], None] | None = None
-) -> Iterator[list[Launch]]:
-    """Inside, a launch compiles its kernel for ``target``, in its first configuration or in ``every`` one, and adds a
-    `Launch` to the list. ``run`` is then called with the kernel, the number of programs and the arguments."""
-    gpu, limit = TARGETS[target]
+def launches(target: str, every: bool = False, run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Inside, what launchers launch goes to the list, and to ``run``, instead of to a GPU: as ``target`` would get it,
+    in the first configuration or in ``every`` one."""
+    limit = TARGETS[target][1]
     found: list[Launch] = []
 
-    def compile_only(kernel, grid, arguments, configs, key, options) -> None:
+    def note(kernel, grid, arguments, configs, key, options) -> None:
         for config in configs if every else configs[:1]:
-            chosen = arguments | config.all_kwargs()
-            compiled = kernel.warmup(grid=(1,), **chosen, **options)
+            chosen = arguments | config.kwargs
             programs = grid(chosen) if callable(grid) else grid
-            found.append(Launch(compiled, programs[0], chosen))
+            size = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            found.append(Launch(kernel, programs[0], chosen, options | size, target))
             if run is not None:
-                run(compiled, programs[0], chosen)
+                run(found[-1])
 
-    before = launch.start, launch.shared_limit, driver._active
-    launch.start, launch.shared_limit = compile_only, lambda device: limit
-    driver.set_active(_Driver(gpu))
+    before = launch.start, launch.shared_limit
+    launch.start, launch.shared_limit = note, lambda device: limit
     try:
         yield found
     finally:
-        launch.start, launch.shared_limit, driver._active = before
+        launch.start, launch.shared_limit = before
 
 
 def resources(compiled: CompiledKernel) -> dict[str, int]:
@@ -114,10 +128,3 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     found["registers"] = int(re.search(r"Used (\d+) registers", report)[1])
     found["spilled"] = int(stores) + int(loads)
     return found
-
-
-def describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"
-
-
-__all__ = ["TARGETS", "Launch", "compiling", "describe", "resources", "triton"]

@@ -39,7 +39,7 @@ else:
     from ptx import Module, Report
     from triton.backends.nvidia.compiler import CUDABackend
 
-    from tilewright.bench.triton_compile import compiling
+    from tilewright.bench.triton_compile import Launch, launches
 
 # What Triton's interpreter computes rightly, or what the kernels take.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
@@ -55,20 +55,30 @@ class Device:
         self.kernels: dict[str, object] = {}
         self.seed = seed  # of the interpreter's schedule
 
-    def launch(self, compiled, programs: int, arguments: dict) -> None:
+    def launch(self, launch: Launch) -> None:
+        compiled = launch.compiled()
         key = compiled.metadata.hash
         if key not in self.kernels:
             self.kernels[key] = Module(compiled.asm["ptx"]).kernel(compiled.metadata.name)
         kernel = self.kernels[key]
-        values = list(_leaves(compiled.src.signature, arguments))
+        values = list(_leaves(compiled.src.signature, launch.arguments))
         values += [None] * (len(kernel.params) - len(values))  # Triton's two scratch pointers
-        report = kernel.launch(
-            (programs,), (32 * compiled.metadata.num_warps,), values, shared=compiled.metadata.shared, seed=self.seed
-        )
+        block, shared = (32 * compiled.metadata.num_warps,), compiled.metadata.shared
+        report = kernel.launch((launch.programs,), block, values, shared=shared, seed=self.seed)
         self.reports[key] = self.reports[key].merge(report) if key in self.reports else report
 
 
-SHARED = Device()  # compiled kernels last for the whole run
+_devices = [Device()]  # its compiled kernels last for the whole run
+
+
+@contextmanager
+def using(device: Device) -> Iterator[Device]:
+    """Inside, `running` uses this device."""
+    _devices.append(device)
+    try:
+        yield device
+    finally:
+        _devices.pop()
 
 
 def _leaves(types: object, values: object) -> Iterator[object]:
@@ -84,8 +94,10 @@ def _leaves(types: object, values: object) -> Iterator[object]:
 
 
 @contextmanager
-def running(device: Device = SHARED) -> Iterator[Device]:
-    """Inside, ``backend="triton"`` takes CPU tensors; torch.empty gives NaN, so that nothing relies on old contents."""
+def running(device: Device | None = None) -> Iterator[Device]:
+    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named;
+    torch.empty gives NaN, so that nothing relies on old contents."""
+    device = device or _devices[-1]
     registry.TRITON_DEVICES.add("cpu")
     torch.use_deterministic_algorithms(True)
     try:
@@ -97,7 +109,7 @@ def running(device: Device = SHARED) -> Iterator[Device]:
         CUDABackend.make_cubin = lambda *_: b""
         triton.knobs.cache.dir = str(CACHE)
         try:
-            with compiling("sm_80", run=device.launch):
+            with launches("sm_80", run=device.launch):
                 yield device
         finally:
             CUDABackend.make_cubin, triton.knobs.cache.dir = assemble, folder

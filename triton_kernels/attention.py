@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewright.ops.attention_reference import Operands, Options
-from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count
+from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count, score_bytes
 from tilewright.triton_kernels.attention_scores import (
     ANY_VALUE,
     diagonal_shift,
@@ -103,12 +103,19 @@ def _many_rows(t: Operands) -> list[triton.Config]:
     wide = max(head_blocks(t))
     if t.q.dtype == torch.float32:  # multiply-adds without tensor cores
         shapes = [(32, 32, 4, 1)] if wide <= 64 else [(32, 16, 8, 1)] if wide <= 128 else [(16, 16, 8, 1)]
+    elif t.mask is not None or t.bias is not None or t.seed is not None:  # what they load and hash takes registers
+        if wide <= 64:
+            shapes = [(64, 32, 4, 2), (32, 32, 4, 2)]
+        elif wide <= 128:
+            shapes = [(64, 32, 8, 2), (32, 32, 4, 2)]
+        else:
+            shapes = [(32, 32, 8, 1), (32, 16, 4, 1)] if wide <= 256 else [(16, 16, 8, 1)]
     elif wide <= 64:
         shapes = [(128, 64, 8, 3), (64, 64, 4, 2)]
     elif wide <= 128:
         shapes = [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)]
     elif wide <= 256:
-        shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
+        shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     else:
         shapes = [(32, 32, 8, 2), (16, 16, 4, 1)]
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
@@ -129,12 +136,12 @@ def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
 
 
 def _shared(config: triton.Config, t: Operands) -> int:
-    """An upper bound of the shared memory of `_forward`: tiles of k and v in flight, and q or the probabilities on
-    their way into an operand's layout."""
+    """An upper bound of the shared memory of `_forward`: tiles of k, v, mask and bias in flight, and q and the
+    probabilities on their way into an operand's layout."""
     m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
     block_d, block_v = head_blocks(t)
-    tiles = n * (block_d + block_v) * t.k.dtype.itemsize
-    return config.num_stages * tiles + m * max(block_d, n) * t.q.dtype.itemsize + 4096
+    in_flight = n * (block_d + block_v) * t.k.dtype.itemsize + m * n * score_bytes(t)
+    return config.num_stages * in_flight + m * max(block_d, n) * t.q.dtype.itemsize + m * n * 4 + 1024
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)

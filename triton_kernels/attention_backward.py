@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewright.ops.attention_reference import Operands, Options
-from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count
+from tilewright.triton_kernels.attention_call import arguments_of, check, head_blocks, row_count, score_bytes
 from tilewright.triton_kernels.attention_scores import (
     ANY_VALUE,
     diagonal_shift,
@@ -91,7 +91,7 @@ def _keys_and_values(t: Operands, arguments: dict, grad_k: Tensor, grad_v: Tenso
         programs,
         arguments | {"grad_k": grad_k, "grad_v": grad_v, "grad_k_strides": grad_k.stride()[:3],
                      "grad_v_strides": grad_v.stride()[:3]},
-        fitting(_configs(t, True), lambda c: _shared(c, t), t.q.device),
+        fitting(_configs(t, True), lambda c: _shared(c, t, True), t.q.device),
         key=("seq_q", "capacity"),
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ def _queries(t: Operands, arguments: dict, grad_q: Tensor, slopes: Tensor | None
         _grad_q,
         programs,
         arguments | {"grad_q": grad_q, "slopes": slopes, "grad_q_strides": grad_q.stride()[:3]},
-        fitting(_configs(t, False), lambda c: _shared(c, t), t.q.device),
+        fitting(_configs(t, False), lambda c: _shared(c, t, False), t.q.device),
         key=("seq_q", "capacity"),
     )
 
@@ -142,26 +142,30 @@ def _slopes(t: Operands, rows: Tensor) -> Tensor:
 
 
 def _configs(t: Operands, of_keys: bool) -> list[triton.Config]:
-    """Tiles, the preferred one first."""
+    """Tiles of (rows, keys), the preferred one first. Larger ones spill registers: docs/gpu.md."""
     wide = max(head_blocks(t))
-    if t.q.dtype == torch.float32:
-        shapes = [(16, 16, 4, 1)] if wide <= 128 else [(16, 16, 8, 1)]
+    if t.q.dtype == torch.float32:  # multiply-adds without tensor cores
+        if wide <= 64:
+            shapes = [(32, 32, 8, 1)]
+        else:
+            shapes = [(16, 16, 4, 1)] if wide <= 128 and not of_keys else [(16, 16, 8, 1)]
     elif wide <= 64:
-        shapes = [(64, 64, 8, 2), (32, 64, 4, 2)] if of_keys else [(64, 64, 8, 2), (64, 32, 4, 2)]
+        shapes = [(32, 32, 4, 2)] if of_keys else [(64, 32, 4, 2), (32, 32, 4, 2)]
     elif wide <= 128:
-        shapes = [(32, 64, 8, 2), (32, 32, 4, 1)] if of_keys else [(64, 32, 8, 2), (32, 32, 4, 1)]
-    elif wide <= 256:
-        shapes = [(32, 32, 8, 1), (16, 16, 4, 1)]
+        shapes = [(32, 64, 8, 2), (32, 32, 8, 1)] if of_keys else [(64, 32, 8, 2), (32, 32, 8, 1)]
     else:
-        shapes = [(16, 16, 8, 1)]
+        shapes = [(32, 32, 8, 1), (16, 16, 4, 1)] if wide <= 256 else [(16, 16, 8, 1)]
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
 
 
-def _shared(config: triton.Config, t: Operands) -> int:
-    """An upper bound of the shared memory of `_grad_kv` and `_grad_q`."""
+def _shared(config: triton.Config, t: Operands, of_keys: bool) -> int:
+    """An upper bound of the shared memory of `_grad_kv` or `_grad_q`: the tiles that stay, those in flight, and scores
+    on their way into an operand's layout."""
     m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+    moving, staying = (m, n) if of_keys else (n, m)
     per_row = sum(head_blocks(t)) * t.q.dtype.itemsize
-    return (config.num_stages * max(m, n) + m + n) * per_row + 2 * m * n * 4 + 4096
+    in_flight = moving * per_row + m * n * score_bytes(t)
+    return config.num_stages * in_flight + staying * per_row + m * n * 8
 
 
 @triton.jit(do_not_specialize=["count", "heads", "seq_q"])

@@ -24,6 +24,11 @@ def head_blocks(t: Operands) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(t.q.shape[3])), max(16, triton.next_power_of_2(t.v.shape[3]))
 
 
+def score_bytes(t: Operands) -> int:
+    """Bytes of mask and bias a score."""
+    return (t.mask is not None) + (0 if t.bias is None else t.bias.dtype.itemsize)
+
+
 def arguments_of(t: Operands, options: Options) -> dict:
     """The arguments that forward and backward kernels share."""
     heads, kv_heads = t.q.shape[1], t.k.shape[1]
