@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,23 +78,22 @@ def test_gradients(name: str) -> None:
     gradients(t, options)
 
 
-def gradients(t: Operands, options: Options, naive: bool = True) -> None:
+def gradients(t: Operands, options: Options, device: str = "cpu") -> None:
     from tilewright.triton_kernels.attention import attention
     from tilewright.triton_kernels.attention_backward import attention_backward
 
     dtype = t.q.dtype
-    with running():
-        out, lse = attention(t, options, True)
+    moved = Operands(*(None if x is None else x.to(device) for x in t))
+    with running() if device == "cpu" else nullcontext():
+        out, lse = attention(moved, options, True)
         grad_out, grad_lse = rand("go", *out.shape, dtype=dtype), rand("gl", *lse.shape)
-        found = attention_backward(grad_out, grad_lse, t, options, out, lse, True, True)
-    expected = reference_backward(grad_out, grad_lse, t, options)
-    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None]
-    bars = naive_gradients(t, options, grad_out, grad_lse) if naive else [e for _, e in pairs]
-    wide = t._replace(q=t.q.double(), k=t.k.double(), v=t.v.double())
+        found = attention_backward(grad_out.to(device), grad_lse.to(device), moved, options, out, lse, True, True)
+    wide = Operands(*(x.double() if x is not None and x.is_floating_point() else x for x in t))
     exact = reference_backward(grad_out.double(), grad_lse, wide, options)
-    exact = [e for f, e in zip(found, exact, strict=True) if f is not None]
-    for (f, _), e, bar in zip(pairs, exact, bars, strict=True):
-        assert_close(f.to(dtype), e.double(), bar.to(dtype), dtype)
+    bars = naive_gradients(t, options, grad_out, grad_lse)
+    compared = [(f.cpu().to(dtype), e.double()) for f, e in zip(found, exact, strict=True) if f is not None]
+    for (f, e), bar in zip(compared, bars, strict=True):
+        assert_close(f, e, bar.to(dtype), dtype)
 
 
 @pytest.mark.parametrize("group", (1, 3))

@@ -46,7 +46,7 @@ def attention(t: Operands, options: Options, return_lse: bool) -> tuple[Tensor, 
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
-    if out.numel() == 0 and (lse is None or lse.numel() == 0):
+    if (out.numel() == 0 and (lse is None or lse.numel() == 0)) or (t.q_start is not None and len(t.q_start) == 0):
         return out, lse
     arguments = arguments_of(t, options) | {
         "out": out, "lse": lse, "out_strides": out.stride()[:3], "sinks": t.sinks,

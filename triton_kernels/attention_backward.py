@@ -64,7 +64,7 @@ def attention_backward(
             [triton.Config({}, num_warps=4, num_stages=1)],
         )  # fmt: skip
     slopes = torch.zeros_like(lse) if t.alibi is not None and needs_alibi else None
-    if lse.numel() and t.k.numel() + t.v.numel():
+    if lse.numel() and t.k.numel() + t.v.numel() and arguments["batch"]:
         _keys_and_values(t, arguments, grads[1], grads[2])
         _queries(t, arguments, grads[0], slopes)
     bias = alibi = sinks = None
