@@ -70,7 +70,7 @@ def _convert(packed: Tensor, n: int, k: int, kind: str, group_size: int, offset:
         raise NotImplementedError(f"quantized_linear: Triton kernels read {', '.join(_BITS)}, not {kind!r}")
     blocks, k_blocks, source_bits = packed.shape[0], -(-k // 32), _BITS[kind]
     code_bytes = k_blocks * 128 * source_bits
-    steps = packed[:, :code_bytes].reshape(blocks, k_blocks, -1)  # the bytes of 32 columns
+    steps = packed[:, :code_bytes].reshape(blocks, k_blocks, 128 * source_bits)  # the bytes of 32 columns
     if source_bits == 8:
         codes = steps.unflatten(2, (8, 32, 4))
     else:
@@ -95,7 +95,7 @@ def _convert(packed: Tensor, n: int, k: int, kind: str, group_size: int, offset:
         """(count, n) values of type ``dtype`` that lie next in every block, as [count][32 rows]."""
         nonlocal at
         first, at = at, at + count * 32 * dtype.itemsize
-        found = packed[:, first:at].contiguous().view(dtype).reshape(blocks, count, 32)
+        found = packed[:, first:at].reshape(-1).view(dtype).reshape(blocks, count, 32)
         return found.transpose(0, 1).reshape(count, blocks * 32)[:, :n].contiguous()
 
     group = k if group_size == -1 else group_size
