@@ -14,6 +14,7 @@ from torch import Tensor
 import tilewright
 from tilewright.ops.linear import quantized_linear_reference
 from tilewright.quant import QuantizedWeight, from_gguf, quantize_weight
+from tilewright.quant.weight import pack_bf16
 
 from . import main
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
@@ -21,13 +22,16 @@ from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, 
 BF16 = torch.bfloat16
 _CHECKED_ROWS = 4
 _UNITS = {"int8": "int8", "int8_token": "int8", "bf16": "bf16", "fp32": "fp32"}
-# Blocks of 32: bytes before the codes (fp16 scale; scale and minimum), bytes of codes.
-_GGUF_BLOCKS = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q8_0": (2, 32)}
+# Columns and bytes of a block, and where in it the fp16 scale and minimum stand.
+_GGUF_BLOCKS = {
+    "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q8_0": (32, 34, (0,)), "Q4_K": (256, 144, (0, 2)),
+    "Q6_K": (256, 210, (208,)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x (m, k) times a weight (n, k) of `bits` and `group` columns a scale, or of a GGUF type."""
+    """x (m, k) times a weight (n, k) of `bits` (16: dense bf16) and `group` columns a scale, or of a GGUF type."""
 
     name: str
     m: int
@@ -49,7 +53,8 @@ SHAPES = (
     Shape("int4 g128 token M=512 4096x4096", 512, 4096, 4096, 4, 128, "int8_token"),
     Shape("int8 row token M=512 4096x4096", 512, 4096, 4096, 8, -1, "int8_token"),
     Shape("int4 g32 bf16 M=512 4096x4096", 512, 4096, 4096, activation="bf16"),
-    *(Shape(f"{t} M={m} 4096x4096", m, 4096, 4096, gguf=t) for t in ("Q4_0", "Q8_0") for m in (1, 512)),
+    *(Shape(f"bf16 M={m} 4096x4096", m, 4096, 4096, 16, activation="bf16") for m in (1, 8, 512)),
+    *(Shape(f"{t} M={m} 4096x4096", m, 4096, 4096, gguf=t) for t in ("Q4_0", "Q8_0", "Q4_K", "Q6_K") for m in (1, 512)),
     # SmolLM2 135M
     Shape("Q4_1 M=1 576x576", 1, 576, 576, gguf="Q4_1", cold_bytes=SMALL_COLD_BYTES),
     Shape("Q4_1 M=1 576x1536", 1, 576, 1536, gguf="Q4_1", cold_bytes=SMALL_COLD_BYTES),
@@ -93,16 +98,21 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
 
 def _weight(shape: Shape) -> tuple[QuantizedWeight, Tensor]:
     """The weight and, for what torch's kernels can represent, its scales (n, groups)."""
+    if shape.bits == 16:
+        return pack_bf16(torch.randn(shape.n, shape.k) * 0.02), torch.ones(shape.n, 1)
     if not shape.gguf:
         weight = quantize_weight(torch.randn(shape.n, shape.k) * 0.02, shape.bits, shape.group)
         groups = weight.dequantize().view(shape.n, -1, shape.k if shape.group == -1 else shape.group)
         return weight, groups.abs().amax(-1) / (2 ** (shape.bits - 1) - 1)
-    before, codes = _GGUF_BLOCKS[shape.gguf]
-    blocks = torch.randint(0, 256, (shape.n, shape.k // 32, before + codes), dtype=torch.uint8)
-    scales = torch.rand(shape.n, shape.k // 32, before // 2) * 0.01 + 0.001
+    columns, size, halves = _GGUF_BLOCKS[shape.gguf]
+    blocks = torch.randint(0, 256, (shape.n, shape.k // columns, size), dtype=torch.uint8)
+    scales = torch.rand(shape.n, shape.k // columns, len(halves)) * 0.01 + 0.001
     if shape.gguf == "Q4_1":
         scales[..., 1] *= -7.5  # the minimum, so that the weights centre on zero
-    blocks[..., :before] = scales.half().view(torch.uint8)
+    if shape.gguf == "Q4_K":
+        scales[..., 1] = scales[..., 0] * 7.5
+    for i, at in enumerate(halves):
+        blocks[..., at : at + 2] = scales[..., i : i + 1].half().view(torch.uint8)
     return from_gguf(blocks.flatten(1), shape.gguf, (shape.n, shape.k)), scales[..., 0].half().float()
 
 
@@ -111,6 +121,8 @@ def _torch(shape: Shape, x: Tensor, dense: Tensor, scales: Tensor) -> list[tuple
     n, k, aten = shape.n, shape.k, torch.ops.aten
     bf16 = dense.to(BF16)
     found: list[tuple[str, Any, tuple[Any, ...], int]] = [("torch bf16 linear", F.linear, (x, bf16), bf16.nbytes)]
+    if shape.bits == 16:
+        return found
     codes = (dense.view(n, scales.shape[1], -1) / scales.unsqueeze(-1)).round().view(n, k)
     if shape.bits == 4 and shape.gguf in ("", "Q4_0"):
         packed = aten._convert_weight_to_int4pack_for_cpu((codes + 8).to(torch.int32), 1)

@@ -30,6 +30,10 @@ _PROCESSOR = {
     "sm_80": (2048, 65536, 167_936), "sm_89": (1536, 65536, 102_400), "sm_90": (2048, 65536, 233_472),
     "sm_100": (2048, 65536, 233_472), "sm_120": (1536, 65536, 102_400), "gfx942": (2048, 4 * 512 * 64, 65_536),
 }  # fmt: skip
+# Cases for which a target has too little shared memory (registers would spill there, too): they raise.
+REFUSED = {
+    "gfx942": (*(f"gradients {x} head_dim=512" for x in ("bfloat16", "float16", "float32", "bfloat16 every feature")),)
+}
 Call = Callable[[], object]
 
 

@@ -9,6 +9,7 @@
 #include "cpu/table.h"
 #include "cpu/team.h"
 #include "ops.h"
+#include "ops/gguf_blocks.h"
 #include "torch_tensor.h"
 
 namespace py = pybind11;
@@ -166,15 +167,15 @@ PYBIND11_MODULE(_C, m) {
           launch([&] { norm(op.c_str(), x, residual, weight, bias, out, sum, eps, centred); });
         });
 
-  m.def("linear",
-        [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes, int64_t group_size,
-           int offset, int scale, const TensorView& bias, const TensorView& columns,
-           const std::string& activation, double outlier_threshold, const TensorView& out) {
-          launch([&] {
-            linear(x, packed, {n, k, codes, group_size, offset, scale},
-                   {bias, columns, activation, outlier_threshold}, out);
-          });
-        });
+  m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes,
+                     int64_t group_size, int offset, int scale, const TensorView& bias,
+                     const TensorView& columns, const TensorView& group_sizes, const std::string& activation,
+                     double outlier_threshold, const TensorView& out) {
+    launch([&] {
+      linear(x, packed, {n, k, codes, group_size, offset, scale},
+             {bias, columns, group_sizes, activation, outlier_threshold}, out);
+    });
+  });
   m.def("packed_block_bytes", [](int64_t n, int64_t k, int codes, int64_t group_size, int offset, int scale) {
     return packed_block_bytes({n, k, codes, group_size, offset, scale});
   });
@@ -186,6 +187,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_bf16", [](const TensorView& w, const TensorView& out, int64_t n, int64_t k, int codes,
                         int64_t group_size, int offset, int scale) {
     launch([&] { pack_bf16(w, out, {n, k, codes, group_size, offset, scale}); });
+  });
+  m.def("gguf_types", [] {
+    py::list types;
+    for (const GgufType& t : gguf_types())
+      types.append(
+          py::make_tuple(t.name, int(t.codes), t.group, int(t.offset), int(t.scale), t.columns, t.bytes));
+    return types;
   });
   m.def("pack_gguf", [](const TensorView& raw, const std::string& type, const TensorView& out, int64_t n,
                         int64_t k) { launch([&] { pack_gguf(raw, type, out, n, k); }); });

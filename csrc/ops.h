@@ -24,9 +24,11 @@ struct WeightFormat {
   int offset = 0, scale = 0;
 };
 // Rows of x beside the activation mode: columns, int64 (k), says which column of x each packed column
-// multiplies; |x| >= outlier_threshold > 0 is multiplied in fp32 where the others are integers.
+// multiplies; |x| >= outlier_threshold > 0 is multiplied in fp32 where the others are integers. group_sizes,
+// int64 (groups): the weight and the bias are those of so many matrices, one below the other, and x (rows, k)
+// holds the rows of each in turn.
 struct LinearOptions {
-  const TensorView &bias, &columns;
+  const TensorView &bias, &columns, &group_sizes;
   const std::string& activation;
   double outlier_threshold = 0;
 };

@@ -6,6 +6,8 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,23 +236,49 @@ LINEAR = [
 ]  # fmt: skip
 
 
-def gguf_rows(type_name: str, n: int, k: int, g: torch.Generator, scales: Tensor | None = None) -> Tensor:
-    """Random blocks of a GGUF type as uint8 (n, bytes): any codes, and scales and minima about 0.1 or as given."""
-    blocks = (n, k // 32, 1)
-    d = torch.randn(blocks, generator=g) * 0.1 if scales is None else scales.reshape(blocks)
-    parts = [d.half().view(torch.uint8)]
-    if type_name == "Q4_1":
-        parts.append((torch.randn(blocks, generator=g) * 0.1).half().view(torch.uint8))
-    size = 32 if type_name == "Q8_0" else 16
-    parts.append(torch.randint(0, 256, (n, k // 32, size), generator=g, dtype=torch.uint8))
-    return torch.cat(parts, -1).reshape(n, -1)
+# The quantised GGUF types, and where in a block their fp16 numbers are.
+GGUF_TYPES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
+
+
+def gguf_blocks(type_name: str) -> tuple[int, int]:
+    """Columns and bytes of a block."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+
+
+def gguf_rows(type_name: str, n: int, k: int, g: torch.Generator, scales: Tensor | float = 0.1) -> Tensor:
+    """Random blocks of a GGUF type as uint8 (n, bytes), with any codes and integer factors. ``scales``: how large the
+    fp16 numbers are, or the first one of each block."""
+    columns, size = gguf_blocks(type_name)
+    raw = torch.randint(0, 256, (n, k // columns, size), generator=g, dtype=torch.uint8)
+    first, second = torch.randn(2, *raw.shape[:2], generator=g) * (scales if isinstance(scales, float) else 0.1)
+    if isinstance(scales, Tensor):
+        first = scales.view(first.shape)
+    for at, number in zip(GGUF_TYPES[type_name], (first, second), strict=False):
+        raw[..., at : at + 2] = number.half().unsqueeze(-1).view(torch.uint8)
+    if type_name == "IQ1_M":  # a nibble on top of each of the last four words
+        nibbles = first.half().view(torch.int16).int().unsqueeze(-1) >> torch.tensor([0, 4, 8, 12]) & 15
+        raw[..., 49::2] = raw[..., 49::2] & 15 | (nibbles << 4).to(torch.uint8)
+    if type_name == "MXFP4":  # an exponent
+        raw[..., 0] = raw[..., 0] % 8 + 120
+    return raw.flatten(1)
+
+
+def gguf_values(raw: Tensor, type_name: str) -> Tensor:
+    """What the gguf package makes of it, float32."""
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType[type_name]))
 
 
 def linear_inputs(case: LinearCase, dtype: torch.dtype) -> tuple[Tensor, QuantizedWeight, Tensor | None]:
     """(x, weight, bias) of a case."""
     c, g = case, seeded(case.name)
     x = torch.randn(c.m, c.k, generator=g).to(dtype)
-    if c.kind.startswith("Q"):
+    if c.kind in GGUF_TYPES:
         weight = from_gguf(gguf_rows(c.kind, c.n, c.k, g), c.kind, (c.n, c.k))
     elif c.kind.split("_")[0] in CODES or c.kind in CODES:
         weight = weight_of_codes(c, g)

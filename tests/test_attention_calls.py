@@ -15,7 +15,8 @@ from torch import Tensor
 
 import tilewright
 from tilewright import attention, scaled_dot_product_attention
-from tilewright.ops.attention import attention_reference
+from tilewright.ops.attention import attention_packed, attention_reference
+from tilewright.ops.attention_reference import Operands
 
 pytestmark = pytest.mark.usefixtures("one_thread_for_torch")
 
@@ -240,3 +241,23 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     """8,192 x 8,192 scores would be 268 MB and bytes 67 MB; q, k, v are 2 MB each, and so are the 16 parts of dQ."""
     output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
     assert int(output) < 60e6, f"{int(output) / 1e6:.0f} MB"
+
+
+def test_gradient_of_a_bias_that_sequences_with_other_first_keys_share(same_bits: Callable) -> None:
+    """Blocks of keys count from a sequence's first key: two threads with a block of one sequence each would add to the
+    same elements of the bias's gradient."""
+    q, k, v = (random(4, 2, n, 16) for n in (24, 512, 512))
+    values, upstream = random(24, 512), random(4, 2, 24, 16)
+    starts, ends = torch.tensor([0, 17, 40, 3]), torch.full((4,), 512)
+
+    def gradient(bias: Tensor) -> Tensor:
+        out, _ = attention_packed(Operands(q, k, v, bias=bias, k_start=starts, k_end=ends))
+        return torch.autograd.grad(out, bias, upstream)[0]
+
+    for _ in range(10):
+        same_bits(lambda: (gradient(values.clone().requires_grad_()),))
+    wide = values.double().requires_grad_()
+    hidden = torch.arange(512) < starts[:, None]
+    scores = (q.double() @ k.double().mT / 4 + wide).masked_fill(hidden[:, None, None], -INF)
+    expected = torch.autograd.grad(scores.softmax(-1) @ v.double(), wide, upstream.double())[0]
+    torch.testing.assert_close(gradient(values.clone().requires_grad_()).double(), expected, rtol=1e-4, atol=1e-5)

@@ -52,7 +52,7 @@ def head_last(*shape: int) -> Tensor:
 
 def linear_arguments(grad: bool, activation: str, x: Tensor | None = None) -> tuple:
     x = rand(2, 3, 64, grad=grad) if x is None else x
-    return (x, WEIGHT.packed, rand(40, grad=grad), None, None, *WEIGHT.spec(), activation, 0.0, "auto")
+    return (x, WEIGHT.packed, rand(40, grad=grad), None, None, None, *WEIGHT.spec(), activation, 0.0, "auto")
 
 
 COS, SIN = rand(9, 4), rand(9, 4)

@@ -9,7 +9,19 @@ import gguf
 import pytest
 import torch
 from buffers import assert_padding_intact, poisoned
-from cases import INF, LINEAR, NAN, ROWS, LinearCase, assert_ran_natively, gguf_rows, linear_inputs, seeded
+from cases import (
+    GGUF_TYPES,
+    INF,
+    LINEAR,
+    NAN,
+    ROWS,
+    LinearCase,
+    assert_ran_natively,
+    gguf_blocks,
+    gguf_rows,
+    linear_inputs,
+    seeded,
+)
 from compare import assert_close, assert_same_bits
 from torch import Tensor
 
@@ -22,7 +34,7 @@ from tilewright.ops.linear import (
     rounded_activations,
 )
 from tilewright.quant import from_gguf
-from tilewright.quant.weight import pack
+from tilewright.quant.weight import FLOAT_CODES, pack
 
 INTEGER = ("int8", "int8_token")
 
@@ -81,25 +93,37 @@ def stored_codes(weight: QuantizedWeight) -> Tensor:
     return codes.permute(0, 3, 1, 2, 4).reshape(-1, blocks * 32)[:n]
 
 
+# unit, and what each code stands for in units: bit 3 is a sign, of the levels or (iq1) of the eighth beside them.
+TABLES = {
+    "iq4_nl": (1.0, list(gguf.quants.IQ4_NL.kvalues)),
+    "mxfp4": (1.0, list(gguf.quants.MXFP4.kvalues)),
+    "iq1": (0.125, [8 * level + sign for sign in (1, -1) for level in (-1, 0, 1, 0, 0, 0, 0, 0)]),
+    "iq2": (0.125, [sign * level for sign in (1, -1) for level in (8, 25, 43, 0, 0, 0, 0, 0)]),
+    "iq3_xxs": (0.25, [sign * level for sign in (1, -1) for level in gguf.quants.IQ3_XXS.grid_map]),
+    "iq3_s": (1.0, [sign * level for sign in (1, -1) for level in gguf.quants.IQ3_S.grid_map]),
+}
+
+
 def weight_parts(weight: QuantizedWeight, run: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes less their zero point (n, runs, run) int64, scales and minima (n, runs) float32."""
     n, k = weight.shape
     columns = -(-k // 32) * 32
     group = columns if weight.group_size == -1 else weight.group_size
-    groups, size = -(-columns // group), {"f32": 4}.get(weight.scale, 2)
+    groups, size = -(-columns // group), {"f32": 4, "two_level": 1}.get(weight.scale, 2)
     first = columns * 4 * weight.bits
     starts = torch.arange(0, columns, run) // group
 
-    def spread(first: int, count: int, dtype: torch.dtype) -> Tensor:  # one value a column
+    def spread(first: int, count: int, dtype: torch.dtype, groups: int = groups) -> Tensor:  # one value a column
         values = weight.packed[:, first : first + count].contiguous().view(dtype).view(-1, groups, 32)
         return values.transpose(1, 2).reshape(-1, groups)[:n]
 
-    number = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[weight.scale]
+    number = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "two_level": torch.int8}[weight.scale]
     scales, minima = spread(first, groups * 32 * size, number).float()[:, starts], torch.zeros(n, len(starts))
     codes = stored_codes(weight)
-    if weight.codes in ("iq4_nl", "mxfp4"):
-        kind = {"iq4_nl": gguf.quants.IQ4_NL, "mxfp4": gguf.quants.MXFP4}[weight.codes]
-        codes = torch.tensor(kind.kvalues).long()[codes]
+    unit = 1.0
+    if weight.codes in TABLES:
+        unit, table = TABLES[weight.codes]
+        codes = torch.tensor(table)[codes]
     elif weight.offset == "none":
         codes = codes - 2 ** (weight.bits - 1)
     first += groups * 32 * size
@@ -108,6 +132,13 @@ def weight_parts(weight: QuantizedWeight, run: int) -> tuple[Tensor, Tensor, Ten
         codes = codes - zeros.repeat_interleave(group, 1)[:, :columns]
     elif weight.offset == "min":
         minima = spread(first, groups * 32 * size, number).float()[:, starts]
+        first += groups * 32 * size
+    if weight.scale == "two_level":
+        supers = -(-k // 256)
+        which = torch.arange(0, columns, run) // 256
+        scales = scales * unit * spread(first, supers * 64, torch.float16, supers).float()[:, which]
+        if weight.offset == "min":
+            minima = minima * spread(first + supers * 64, supers * 64, torch.float16, supers).float()[:, which]
     codes = codes.masked_fill(torch.arange(columns) >= k, 0)
     return torch.nn.functional.pad(codes, (0, -columns % run)).view(n, -1, run), scales, minima
 
@@ -141,9 +172,8 @@ def emulated(x: Tensor, weight: QuantizedWeight, activation: str) -> Tensor:
 
 
 # A single output has no distribution of errors, so it stands here only.
-FLOATS = ("nf4", "fp4", "e4m3", "bf16")  # no integer product
 EXACT = [
-    *(c for c in LINEAR if c.bias is None and c.kind not in FLOATS),
+    *(c for c in LINEAR if c.bias is None and c.kind not in FLOAT_CODES),
     LinearCase("single", 1, 1, 96),
     LinearCase("two", 1, 2, 33, 8),
 ]
@@ -437,10 +467,10 @@ def test_reference_backend() -> None:
     assert_same_bits(out, quantized_linear_reference(x, weight, bias).float())
 
 
-@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("type_name", GGUF_TYPES)
 def test_gguf_scales_of_every_sign_and_size(type_name: str) -> None:
     """Negative, zero, subnormal and huge fp16 scales, through every activation mode."""
-    g, k = seeded("scales"), 192
+    g, k = seeded("scales"), 6 * gguf_blocks(type_name)[0]
     scales = torch.tensor([-0.1, 0.0, -0.0, 6e-8, -3e-6, 60000.0]).repeat(33)
     weight = from_gguf(gguf_rows(type_name, 33, k, g, scales), type_name, (33, k))
     x = torch.randn(9, k, generator=g)

@@ -44,7 +44,7 @@ BAD_CONFIGS = [
     ({"architectures": ["LlamaForQuestionAnswering"]}, NotImplementedError, "LlamaForQuestionAnswering"),
     ({"architectures": "LlamaForCausalLM"}, FormatError, "architectures: expected a list"),
     ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act: 'gelu' is not supported"),
-    ({"quantization_config": {"quant_method": "gptq"}}, NotImplementedError, "quantised with 'gptq'"),
+    ({"quantization_config": {"quant_method": "aqlm"}}, NotImplementedError, "quant_method: 'aqlm' is not supported"),
     ({"rope_parameters": []}, FormatError, "rope_parameters: expected an object"),
     ({"rope_parameters": {"rope_type": "spiral"}}, NotImplementedError, "'spiral' is not supported, supported: "),
     ({"rope_parameters": {"rope_type": ["linear"]}}, FormatError, "rope_type: expected a string"),

@@ -29,7 +29,7 @@ from tilewright.triton_kernels.attention_scores import (
     sequence_bounds,
     tile_of_sequence,
 )
-from tilewright.triton_kernels.launch import fitting, run
+from tilewright.triton_kernels.launch import fitting, run, with_room
 
 _CHUNK = 256  # keys of a program where keys are split
 _FEW = 64  # rows up to which they are
@@ -53,8 +53,11 @@ def attention(t: Operands, options: Options, return_lse: bool) -> tuple[Tensor, 
         "drop_scale": 1 / ((1 - options.dropout_p) or 1.0),
     }  # fmt: skip
     rows, capacity = row_count(t), arguments["capacity"]
-    if t.q_start is None and rows <= _FEW and capacity > _CHUNK:
-        _split(t, arguments, rows, capacity)
+    # Where a tile of all of them fits: float32 rows of 512 columns are too large, and for AMD many are.
+    few = t.q_start is None and rows <= _FEW
+    configs = with_room(_few_rows(t, rows), lambda c: _shared(c, t), t.q.device) if few else []
+    if configs and capacity > _CHUNK:
+        _split(t, arguments, rows, capacity, configs)
         return out, lse
     kv_heads, group = t.k.shape[1], heads // t.k.shape[1]
 
@@ -63,18 +66,17 @@ def attention(t: Operands, options: Options, return_lse: bool) -> tuple[Tensor, 
             return (batch * kv_heads * triton.cdiv(rows, meta["BLOCK_M"]),)
         return (kv_heads * (seq_q * group // meta["BLOCK_M"] + len(t.q_start)),)
 
-    configs = _few_rows(t, rows) if t.q_start is None and rows <= _FEW else _many_rows(t)
     run(
         _forward,
         programs,
         arguments | {"partial": None, "partial_stats": None, "splits": 1, "SPLIT": False, "CHUNK": 0},
-        fitting(configs, lambda c: _shared(c, t), t.q.device),
+        configs or fitting(_many_rows(t), lambda c: _shared(c, t), t.q.device),
         key=("seq_q", "capacity"),
     )
     return out, lse
 
 
-def _split(t: Operands, arguments: dict, rows: int, capacity: int) -> None:
+def _split(t: Operands, arguments: dict, rows: int, capacity: int, configs: list[triton.Config]) -> None:
     batch, kv_heads, v_dim = t.q.shape[0], t.k.shape[1], t.v.shape[3]
     splits = triton.cdiv(capacity, _CHUNK)
     partial = torch.empty((batch * kv_heads, splits, rows, v_dim), dtype=torch.float32, device=t.q.device)
@@ -84,7 +86,7 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int) -> None:
         _forward,
         batch * kv_heads * splits,
         arguments | {"SPLIT": True},
-        fitting(_few_rows(t, rows), lambda c: _shared(c, t), t.q.device),
+        configs,
         key=("capacity",),
     )
     names = ("partial", "partial_stats", "out", "lse", "sinks", "out_strides", "q_start", "q_end", "k_start", "k_end",
@@ -96,6 +98,7 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int) -> None:
         {name: arguments[name] for name in names},
         # One warp: sums stay in it, and rows are plenty.
         [triton.Config({"SPLITS": max(1, 2048 // arguments["BLOCK_V"])}, num_warps=1, num_stages=1)],
+        fuse=False,  # lanes that reduce one value must round alike
     )
 
 

@@ -62,6 +62,7 @@ def attention_backward(
              "grad_strides": grad_out.stride()[:3], "out_strides": out.stride()[:3], "count": lse.numel(),
              "heads": heads, "seq_q": seq_q, "V_DIM": t.v.shape[3], "BLOCK_V": arguments["BLOCK_V"], "ROWS": 16},
             [triton.Config({}, num_warps=4, num_stages=1)],
+            fuse=False,  # else two lanes that reduce one row round differently, and either's sum may be stored
         )  # fmt: skip
     slopes = torch.zeros_like(lse) if t.alibi is not None and needs_alibi else None
     if lse.numel() and t.k.numel() + t.v.numel() and arguments["batch"]:
@@ -360,7 +361,9 @@ def _grad_q(
                 attended = tl.max((grad_s != 0.0).to(tl.int32), 0) > 0
                 k_tile = tl.where(attended[:, None], k_tile, 0.0)
             if slopes is not None:
-                slope -= tl.sum(grad_s * tl.abs(key[None, :] - (query + shift)[:, None]).to(tl.float32), 1)
+                distance = tl.abs(key[None, :] - (query + shift)[:, None]).to(tl.float32)
+                # Not the product itself: contracted with the sum, it would round differently in lanes that share a row.
+                slope -= tl.sum(tl.where(grad_s != 0.0, grad_s * distance, 0.0), 1)
             dq = tl.dot(grad_raw.to(q_tile.dtype), k_tile, dq, input_precision="ieee")
         dq *= grad_scale
         if not known:

@@ -64,14 +64,19 @@ def shared_limit(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
-def fitting(configs: Sequence[triton.Config], shared: Callable[[triton.Config], int], device: torch.device) -> list:
+def with_room(configs: Sequence[triton.Config], shared: Callable[[triton.Config], int], device: torch.device) -> list:
     """The configurations whose need of shared memory, at most ``shared(config)`` bytes, the device has."""
     limit = shared_limit(device)
-    found = [c for c in configs if shared(c) <= limit]
+    return [c for c in configs if shared(c) <= limit]
+
+
+def fitting(configs: Sequence[triton.Config], shared: Callable[[triton.Config], int], device: torch.device) -> list:
+    """`with_room`; raises NotImplementedError if there is none."""
+    found = with_room(configs, shared, device)
     if not found:
         raise NotImplementedError(
-            f"triton: every configuration needs more than the {limit} bytes of shared memory of {device}; the smallest "
-            f"needs {min(shared(c) for c in configs)}"
+            f"triton: every configuration needs more than the {shared_limit(device)} bytes of shared memory of "
+            f"{device}; the smallest needs {min(shared(c) for c in configs)}"
         )
     return found
 

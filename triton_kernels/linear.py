@@ -32,9 +32,9 @@ def _tiles(rows: int, fp32: bool) -> list[triton.Config]:
     elif rows <= 32:
         shapes = [(32, 64, 4, 4), (32, 128, 4, 3)]
     elif rows <= 64:
-        shapes = [(64, 64, 4, 4), (64, 128, 4, 3)]
+        shapes = [(64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 2)]
     else:
-        shapes = [(128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4)]
+        shapes = [(128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2)]
     return [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, num_warps=warps, num_stages=stages)
         for m, n, warps, stages in shapes

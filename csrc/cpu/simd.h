@@ -37,7 +37,11 @@
 #define TW_KERNEL(op) TW_CONCAT(op, TW_LEVEL)
 
 #define TW_INLINE inline __attribute__((always_inline))
+#if defined(__AVX2__)
 #define TW_UNROLL _Pragma("GCC unroll 32")
+#else  // nothing to keep in registers, and minutes of compilation to save
+#define TW_UNROLL
+#endif
 
 namespace tilewright {
 namespace {

@@ -100,8 +100,13 @@ void attention_backward(const AttentionInputs& in, const AttentionOptions& optio
   g.total_row_blocks *= a.kv_heads;
   // Enough tasks for 16 threads, however few the heads; each split costs a dQ of its own.
   constexpr int64_t kTasks = 16;
+  // Splits must not add to the same elements of the bias's gradient. Blocks count from a sequence's first
+  // key, so those of sequences that share the bias, but begin at different keys, overlap.
   const bool key_shared = g.grad_bias && g.bias_key == 0;
-  g.splits = key_shared ? 1 : std::min(most_blocks, std::max<int64_t>(1, kTasks / slots));
+  bool overlap = false;
+  for (const AttentionSequence& s : call.sequences) overlap |= s.k_begin != call.sequences[0].k_begin;
+  overlap &= g.grad_bias && g.bias_batch == 0;
+  g.splits = key_shared || overlap ? 1 : std::min(most_blocks, std::max<int64_t>(1, kTasks / slots));
   g.lse_size = in.q.shape[0] * a.heads * in.q.shape[2];
 
   const int64_t blocks = total_blocks(call),

@@ -23,30 +23,51 @@ constexpr int64_t kSerial = 1 << 16;
 
 int64_t row_chunk(int64_t row_bytes) { return std::max<int64_t>(96, kRowsBytes / row_bytes / 24 * 24); }
 
-// Runs kernel over blocks x row chunks; chunks are the outer loop, so that threads share the rows in cache.
-void run(const LinearArgs& a, int64_t m, int64_t chunk, LinearKernel kernel) {
-  const int64_t blocks = a.w.n_blocks(), chunks = (m + chunk - 1) / chunk;
-  const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + std::min(m, chunk) * 128;
-  const auto one = [&](int64_t block, int64_t c) {
-    void* panel = scratch(Scratch::panel, panel_bytes);
-    kernel(a, block, c * chunk, std::min(m, (c + 1) * chunk), panel);
+// Rows [begin, end) of x and the matrix that they are multiplied by.
+struct Group {
+  LinearArgs args;
+  int64_t begin, end;
+};
+
+// Runs kernel over blocks x row chunks of each group; chunks are the outer loop, so that threads share the
+// rows in cache.
+void run(const std::vector<Group>& groups, int64_t chunk, LinearKernel kernel) {
+  const PackedWeight& w = groups[0].args.w;
+  const int64_t blocks = w.n_blocks();
+  struct Chunk {
+    const LinearArgs* args;
+    int64_t begin, end;
   };
-  if (m <= 8) {  // memory bound: each thread streams its own stretch of the weights
-    const int64_t grain = std::max<int64_t>(1, kSerial / (m * 32 * std::max<int64_t>(1, a.w.k)));
-    parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) one(b, 0);
+  std::vector<Chunk> chunks;
+  int64_t most = 0;
+  for (const Group& g : groups)
+    for (int64_t m = g.begin; m < g.end; m += chunk) {
+      chunks.push_back({&g.args, m, std::min(g.end, m + chunk)});
+      most = std::max(most, chunks.back().end - m);
+    }
+  const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + most * 128;
+  const auto one = [&](int64_t task) {
+    const Chunk& c = chunks[static_cast<size_t>(task / blocks)];
+    kernel(*c.args, task % blocks, c.begin, c.end, scratch(Scratch::panel, panel_bytes));
+  };
+  const int64_t tasks = static_cast<int64_t>(chunks.size()) * blocks;
+  if (most <= 8) {  // memory bound: each thread streams its own stretch of the weights
+    const int64_t grain = std::max<int64_t>(1, kSerial / (most * 32 * std::max<int64_t>(1, w.k)));
+    parallel_ranges(tasks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) one(task);
     });
   } else {
-    parallel_tasks(blocks * chunks, [&](int64_t task) { one(task % blocks, task / blocks); });
+    parallel_tasks(tasks, one);
   }
 }
 
 // The float kernels multiply x by codes and correct for zero points and minima afterwards, where an infinity
 // would become NaN. Rows of x with a value that is not finite are computed here once more, from the
 // dequantised weight; they are rare, so plainly.
-void redo_rows_not_finite(const LinearArgs& a, int64_t m, bool pairs) {
+void redo_rows_not_finite(const Group& group, bool pairs) {
+  const LinearArgs& a = group.args;
   const int64_t k_blocks = a.w.k_blocks(), k = a.w.k, sums = k_blocks * a.w.parts();
-  for (int64_t r = 0; r < m; ++r) {
+  for (int64_t r = group.begin; r < group.end; ++r) {
     bool finite = true;
     for (int64_t i = 0; i < sums; ++i) finite &= std::isfinite(a.sums[r * sums + i]);
     if (finite) continue;
@@ -153,6 +174,35 @@ void add_outliers(const LinearArgs& a, const std::vector<Outlier>& outliers, con
   });
 }
 
+// Outputs of each of the matrices that a weight of n rows holds.
+int64_t outputs(int64_t n, const TensorView& sizes) {
+  if (!sizes) return n;
+  TW_EXPECT(sizes.dtype == DType::i64 && sizes.ndim == 1 && sizes.device_type == 1 && sizes.dim(0) > 0 &&
+                (sizes.dim(0) == 1 || sizes.stride(0) == 1),
+            kOp, "group_sizes must be a contiguous int64 CPU tensor of one or more sizes");
+  const int64_t groups = sizes.dim(0);
+  TW_EXPECT(n % groups == 0 && (groups == 1 || n / groups % 32 == 0), kOp,
+            "a weight of " + std::to_string(groups) +
+                " groups must have a multiple of 32 rows for each, got " + std::to_string(n) + " rows");
+  return n / groups;
+}
+
+// The groups of a call that have rows; a plain call is one.
+std::vector<Group> groups_of(const LinearArgs& a, const TensorView& sizes, int64_t m, int64_t n) {
+  if (!sizes) return {{a, 0, m}};
+  std::vector<Group> groups;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < sizes.dim(0); ++i) {
+    Group g{a, begin, begin + sizes.as<const int64_t>()[i]};
+    g.args.w.n = n;
+    g.args.w.data += i * g.args.w.n_blocks() * g.args.w.block_bytes();
+    if (a.bias) g.args.bias += i * n;
+    begin = g.end;
+    if (g.end > g.begin) groups.push_back(g);
+  }
+  return groups;
+}
+
 // Over how many columns one integer product goes: as far as its scales last.
 int64_t run_length(const PackedWeight& w, bool per_token) {
   if (w.group == 16 || !per_token) return std::min<int64_t>(w.group, 32);
@@ -167,8 +217,8 @@ int64_t run_length(const PackedWeight& w, bool per_token) {
 void linear(const TensorView& x, const TensorView& packed, const WeightFormat& format,
             const LinearOptions& options, const TensorView& out) {
   const PackedWeight w = packed_weight(kOp, packed, format);
-  const int64_t n = w.n, k = w.k;
-  const TensorView &bias = options.bias, &columns = options.columns;
+  const TensorView &bias = options.bias, &columns = options.columns, &sizes = options.group_sizes;
+  const int64_t n = outputs(w.n, sizes), k = w.k;
   const std::string& activation = options.activation;
   expect_storage(kOp, "x", x);
   expect_cpu(kOp, "x", x);
@@ -183,9 +233,9 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
   TW_EXPECT(
       shapes && is_float_storage(out.dtype), kOp,
       "out must be a float tensor of x's shape with " + std::to_string(n) + " columns, got " + shape_of(out));
-  TW_EXPECT(!bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
+  TW_EXPECT(!bias || (bias.ndim == 1 && bias.dim(0) == w.n && (w.n <= 1 || bias.strides[0] == 1) &&
                       bias.dtype == DType::f32 && bias.device_type == 1),
-            kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
+            kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(w.n) + ",)");
   TW_EXPECT(!columns || (columns.dtype == DType::i64 && columns.ndim == 1 && columns.dim(0) == k &&
                          (k <= 1 || columns.stride(0) == 1) && columns.device_type == 1),
             kOp, "columns must be a contiguous int64 CPU tensor of shape (" + std::to_string(k) + ",)");
@@ -197,6 +247,18 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
   TW_EXPECT(integer || activation == "bf16" || activation == "fp32", kOp,
             "activation must be int8, int8_token, bf16 or fp32, got " + activation);
   const int64_t m = n == 0 || k == 0 ? 0 : x.numel() / k;
+  if (sizes) {
+    int64_t rows = 0;
+    bool valid = x.ndim == 2;
+    for (int64_t i = 0; valid && i < sizes.dim(0); ++i) {
+      const int64_t size = sizes.as<const int64_t>()[i];
+      valid = size >= 0 && size <= x.dim(0) - rows;
+      rows += valid ? size : 0;
+    }
+    TW_EXPECT(valid && rows == x.dim(0), kOp,
+              "group_sizes must add up to the rows of x (rows, columns), got x " + shape_of(x));
+    TW_EXPECT(options.outlier_threshold == 0, kOp, "weights with an outlier threshold cannot be grouped");
+  }
 
   LinearArgs a;
   a.w = w;
@@ -252,7 +314,7 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
     a.scales = q.scales;
     a.corrections = q.corrections;
     if (integer_codes) {
-      run(a, m, row_chunk(kp), table().linear_int8.fn);
+      run(groups_of(a, sizes, m, n), row_chunk(kp), table().linear_int8.fn);
     } else {
       // Codes that are no integers: the same rounded x, in fp32. No correction, so no sums are read.
       auto* values = reinterpret_cast<float*>(memory - floats);
@@ -264,7 +326,7 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
       std::fill_n(values + m * kp, m * sums, 0.0f);
       a.x = values;
       a.sums = values + m * kp;
-      run(a, m, row_chunk(512 * 4), table().linear_f32.fn);
+      run(groups_of(a, sizes, m, n), row_chunk(512 * 4), table().linear_f32.fn);
     }
   } else {
     PrepareArgs p;
@@ -281,11 +343,12 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
     const auto& prepare = pairs ? table().prepare_bf16 : table().prepare_f32;
     parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { prepare.fn(p, begin, end); });
     a.x = p.out;
+    const std::vector<Group> groups = groups_of(a, sizes, m, n);
     if (pairs)
-      run(a, m, row_chunk(kp * 2), table().linear_bf16.fn);
+      run(groups, row_chunk(kp * 2), table().linear_bf16.fn);
     else
-      run(a, m, row_chunk(512 * 4), table().linear_f32.fn);
-    redo_rows_not_finite(a, m, pairs);
+      run(groups, row_chunk(512 * 4), table().linear_f32.fn);
+    for (const Group& group : groups) redo_rows_not_finite(group, pairs);
   }
   if (!arranged.outliers.empty()) add_outliers(whole, arranged.outliers, inliers.data(), m);
 }

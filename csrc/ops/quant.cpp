@@ -12,36 +12,19 @@
 #include "cpu/team.h"
 #include "ops.h"
 #include "ops/check.h"
+#include "ops/gguf_blocks.h"
 
 namespace tilewright {
 namespace {
 
-// GGUF blocks of 32 (ggml's quants): value = d * (code - 8), d * code + m, d * (code - 128).
 struct GgufSource {
+  const GgufType& type;
   const uint8_t* data;
   int64_t row_bytes;
-  enum Kind { q4_0, q4_1, q8_0 } kind;
-  int64_t block_bytes() const { return kind == q4_0 ? 18 : kind == q4_1 ? 20 : 34; }
 
   void read(int64_t row, int64_t kb, Chunk& c) const {
-    const uint8_t* p = data + row * row_bytes + kb * block_bytes();
-    f16 half;
-    std::memcpy(&half, p, 2);
-    c.scale[0] = c.scale[1] = to_float(half);
-    p += 2;
-    if (kind == q4_1) {
-      std::memcpy(&half, p, 2);
-      c.offset[0] = c.offset[1] = to_float(half);
-      p += 2;
-    }
-    if (kind == q8_0) {
-      for (int i = 0; i < 32; ++i) c.codes[i] = uint8_t(p[i] ^ 0x80);  // signed + 128
-    } else {
-      for (int i = 0; i < 16; ++i) {
-        c.codes[i] = p[i] & 15;
-        c.codes[i + 16] = p[i] >> 4;
-      }
-    }
+    const int64_t block = type.columns == 256 ? kb / 8 : kb;
+    type.read(data + row * row_bytes + block * type.bytes, int(kb - block * (type.columns / 32)), c);
   }
 };
 
@@ -356,29 +339,22 @@ void pack_bf16(const TensorView& w, const TensorView& out, const WeightFormat& f
   });
 }
 
-void pack_gguf(const TensorView& raw, const std::string& type, const TensorView& out, int64_t n, int64_t k) {
+void pack_gguf(const TensorView& raw, const std::string& type_name, const TensorView& out, int64_t n,
+               int64_t k) {
   constexpr const char* op = "from_gguf";
-  GgufSource source{raw.as<const uint8_t>(), 0, GgufSource::q4_0};
-  if (type == "Q4_1")
-    source.kind = GgufSource::q4_1;
-  else if (type == "Q8_0")
-    source.kind = GgufSource::q8_0;
-  else
-    TW_EXPECT(type == "Q4_0", op, "unknown type " + type);
-  const Codes codes = type == "Q8_0" ? Codes::int8 : Codes::int4;
-  const Offset offset = type == "Q4_1" ? Offset::min : Offset::none;
+  const GgufType* type = find_gguf_type(type_name);
+  TW_EXPECT(type != nullptr, op, "unknown type " + type_name);
   const PackedWeight w =
-      packed_weight(op, out, {n, k, static_cast<int>(codes), 32, static_cast<int>(offset), 0});
-  source.row_bytes = k / 32 * source.block_bytes();
-  TW_EXPECT(k % 32 == 0 && raw.dtype == DType::u8 && raw.ndim == 2 && raw.dim(0) == n &&
-                raw.dim(1) == source.row_bytes &&
-                (raw.numel() == 0 || (raw.stride(1) == 1 && (n == 1 || raw.stride(0) == raw.dim(1)))),
-            op,
-            type + " data for shape (" + std::to_string(n) + ", " + std::to_string(k) +
-                ") must be contiguous uint8 of shape (" + std::to_string(n) + ", " +
-                std::to_string(source.row_bytes) + "), got " + shape_of(raw));
+      packed_weight(op, out, {n, k, int(type->codes), type->group, int(type->offset), int(type->scale)});
+  const int64_t row_bytes = k / type->columns * type->bytes;
+  expect_cpu(op, "raw", raw);
+  TW_EXPECT(
+      k % type->columns == 0 && raw.dtype == DType::u8 && contiguous_matrix(raw) && raw.dim(0) == n &&
+          raw.dim(1) == row_bytes,
+      op,
+      type_name + " data must be contiguous uint8 (rows, bytes) of the weight's size, got " + shape_of(raw));
   if (w.n == 0 || w.k == 0) return;
-  pack_blocks(w, source, out.as<uint8_t>());
+  pack_blocks(w, GgufSource{*type, raw.as<const uint8_t>(), row_bytes}, out.as<uint8_t>());
 }
 
 void weight_rows(const TensorView& index, const TensorView& packed, const WeightFormat& format,

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, bench, pull, info.
+"""The command line: generate, chat, bench, quantize, pull, info.
 
 Text goes to stdout as it is generated, everything else to stderr. Exit status: 0 success, 1 failure (one line
 on stderr), 2 wrong usage, 130 Ctrl-C.
@@ -7,12 +7,15 @@ on stderr), 2 wrong usage, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,12 +87,68 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--stats", action="store_true", help="print speeds to stderr")
 
     commands.add_parser("bench", help="measure the kernels and models; see `tilewright bench --help`", add_help=False)
+    _add_quantize(commands)
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("name", metavar="NAME", help=f"for example {_DEFAULT_MODEL}")
     pull.set_defaults(command=_pull)
     info = commands.add_parser("info", help="print what this machine has and what is used of it")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantise a checkpoint into a Hugging Face folder",
+        description="Write a checkpoint, quantised, as a Hugging Face folder in the compressed-tensors format. A run "
+        "that was stopped goes on when the same command is given again.",
+    )
+    quantize.add_argument("source", metavar="SRC", help="a Hugging Face folder, a .gguf file, or a known name")
+    quantize.add_argument("target", metavar="DST", type=Path, help="a new folder")
+    quantize.add_argument("--bits", type=int, choices=[4, 8], default=4, help="default: %(default)s")
+    quantize.add_argument(
+        "--group-size",
+        type=int,
+        choices=[16, 32, 64, 128, -1],
+        default=32,
+        help="columns that share a scale, -1: a whole row (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--method",
+        choices=["rtn", "hqq", "gptq", "awq"],
+        default="rtn",
+        help="round to nearest, HQQ's search, or one of two that calibrate (default: %(default)s)",
+    )
+    symmetry = quantize.add_mutually_exclusive_group()
+    symmetry.add_argument("--symmetric", action="store_true", default=True, help="no zero points (default)")
+    symmetry.add_argument("--asymmetric", action="store_false", dest="symmetric", help="a zero point for each scale")
+    quantize.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq and awq")
+    quantize.add_argument(
+        "--samples", type=_count, metavar="N", help="windows of that text (default: 128 if it has so many)"
+    )
+    quantize.add_argument(
+        "--seq-len", type=_count, default=512, metavar="N", help="tokens of a window (default: %(default)s)"
+    )
+    quantize.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gptq rounds the columns with the largest inputs first (default: yes)",
+    )
+    quantize.add_argument(
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="a module to leave dense, by its name or the last part of it; may be repeated (default: lm_head)",
+    )
+    quantize.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="text to compare both models on (default: the end of the calibration text, kept out of the calibration)",
+    )
+    quantize.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    quantize.set_defaults(command=_quantize, usage=quantize.error)
 
 
 def _count(text: str) -> int:
@@ -238,6 +297,40 @@ def _print_stats(model: CausalLM, output: _Output) -> None:
             f"measured {ceiling:.1f} GB/s"
         )
     _print_table(rows, sys.stderr)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    calibrates = options.method in ("gptq", "awq")
+    if calibrates and options.calibration is None:
+        options.usage(f"--method {options.method} needs a text: --calibration FILE")
+    if not calibrates and options.calibration is not None:
+        options.usage(f"--method {options.method} does not calibrate; leave --calibration out, or take gptq or awq")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        options.usage(f"--json {options.json}: there is no such folder")
+    from tilewright import AutoTokenizer
+    from tilewright.io.pull import resolve
+    from tilewright.models.calibration import calibration_windows, evaluation_windows
+    from tilewright.models.quantize import Recipe, quantize_checkpoint
+
+    source, calibration, evaluation = resolve(options.source), None, None
+    if options.calibration is not None or options.eval is not None:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if options.calibration is not None:
+            calibration, evaluation = calibration_windows(
+                options.calibration, tokenizer, options.samples, options.seq_len, keep_rest=options.eval is None
+            )
+        if options.eval is not None:
+            evaluation = evaluation_windows(options.eval, tokenizer, options.seq_len)
+    skip = tuple(options.skip or ("lm_head",))
+    recipe = Recipe(options.method, options.bits, options.group_size, options.symmetric, skip, options.act_order)
+    report = quantize_checkpoint(source, options.target, recipe, calibration=calibration, evaluation=evaluation)
+
+    _print_table(report.rows(), sys.stdout)
+    if options.json is not None:
+        settings = {"source": str(options.source), "target": str(options.target), **asdict(recipe)}
+        document = {**settings, **asdict(report)}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def _pull(options: argparse.Namespace) -> int:

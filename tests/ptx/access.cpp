@@ -69,9 +69,7 @@ void run_load(Warp& w, const Inst& i, Mask exec) {
       const Place& p = a.place[l];
       if (p.region) {
         note_read(w, i, l, *p.region, p.address, bytes, m.is_strong);
-        if (m.is_strong)
-          observe(w, l,
-                  p.address + (p.region->is_shared ? kSharedWindow + w.block->index * (1ull << 24) : 0));
+        if (m.is_strong) observe(w, l, sync_key(w, p));
       }
       copy_out(p, value, shadow, bytes);
     } else {
@@ -126,9 +124,7 @@ void run_store(Warp& w, const Inst& i, Mask exec) {
     Place& p = a.place[l];
     if (p.region) {
       note_write(w, i, l, *p.region, p.address, bytes, m.is_strong, value);
-      if (m.is_strong)
-        publish(w, l, p.address + (p.region->is_shared ? kSharedWindow + w.block->index * (1ull << 24) : 0),
-                true);
+      if (m.is_strong) publish(w, l, sync_key(w, p), true);
     }
     copy_in(p, value, shadow, bytes);
   }

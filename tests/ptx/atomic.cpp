@@ -101,8 +101,7 @@ void run_atomic(Warp& w, const Inst& i, Mask exec) {
       std::memcpy(bits, &result, 8);
       std::memset(shadow, s ? 0xff : 0, 8);
       if (p.region) {
-        const uint64_t key =
-            p.address + (p.region->is_shared ? kSharedWindow + w.block->index * (1ull << 24) : 0);
+        const uint64_t key = sync_key(w, p);
         note_write(w, i, l, *p.region, p.address, bytes, true, nullptr);
         observe(w, l, key);
         publish(w, l, key, false);

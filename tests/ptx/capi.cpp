@@ -26,15 +26,6 @@ const char* say(std::string text) {
   return answer.c_str();
 }
 
-std::string quoted(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c == '\t' ? ' ' : c;
-  }
-  return out + '"';
-}
-
 }  // namespace
 
 #define PTX_API extern "C" __attribute__((visibility("default")))
@@ -49,7 +40,7 @@ PTX_API void ptx_unload(ptx::Library* library) { delete library; }
 PTX_API const char* ptx_kernels(ptx::Library* library) {
   std::string out = "[";
   for (const ptx::Function& f : library->module.functions)
-    if (f.is_entry) out += (out.size() > 1 ? ", " : "") + quoted(f.name);
+    if (f.is_entry) out += (out.size() > 1 ? ", " : "") + ptx::quoted(f.name);
   return say(out + "]");
 }
 
@@ -66,7 +57,7 @@ PTX_API ptx::Kernel* ptx_kernel(ptx::Library* library, const char* name) {
 PTX_API const char* ptx_describe(ptx::Kernel* k) {
   return guarded([&] {
     const ptx::Program& p = *k->program;
-    std::string out = "{\"name\": " + quoted(p.name) + ", \"params\": [";
+    std::string out = "{\"name\": " + ptx::quoted(p.name) + ", \"params\": [";
     for (const auto& param : p.functions.front().params)
       out += (out.back() == '[' ? "[" : ", [") + std::to_string(param.at) + ", " +
              std::to_string(param.size) + "]";
@@ -75,8 +66,9 @@ PTX_API const char* ptx_describe(ptx::Kernel* k) {
     for (uint32_t pc = 0; pc < p.code.size(); ++pc) {
       const ptx::Inst& i = p.code[pc];
       const std::string source = i.source < 0 ? "" : p.module->sources[static_cast<size_t>(i.source)];
-      out += (pc ? ", [" : "[") + std::to_string(i.line) + ", " + quoted(p.text(i)) + ", " + quoted(source) +
-             ", " + quoted(p.function_at(pc).name) + ", " + (i.is_sync ? "true" : "false") + "]";
+      out += (pc ? ", [" : "[") + std::to_string(i.line) + ", " + ptx::quoted(p.text(i)) + ", " +
+             ptx::quoted(source) + ", " + ptx::quoted(p.function_at(pc).name) + ", " +
+             (i.is_sync ? "true" : "false") + "]";
     }
     return say(out + "]}");
   });

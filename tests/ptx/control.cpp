@@ -179,7 +179,7 @@ void decode_ret(Decoder& d) {
 // bar.sync a{, b}, bar.arrive a, b, bar.red.op d, a{, b}, p. imm: 1 if it waits, 2 if it negates p, from bit
 // 8 on the reduction.
 void run_bar(Warp& w, const Inst& i, Mask exec) {
-  if (!w.gather(i, exec, w.started)) return;
+  if (!w.gather(i, exec, w.started, true)) return;
   const uint32_t n = w.lane<uint32_t>(i.a)[first_lane(exec)],
                  threads = w.lane<uint32_t>(i.b)[first_lane(exec)];
   if (require_defined(w, i, exec, i.a, "a barrier") != exec ||

@@ -100,20 +100,11 @@ ptx::Kernel* kernel_of(const void* function) {
   return &found->second.library->kernel(found->second.name);
 }
 
-std::string quoted(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c == '\n' ? ' ' : c;
-  }
-  return out + '"';
-}
-
 Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t shared) {
   Runtime& r = runtime();
   std::string name = "?";
   const auto record = [&](const std::string& more) {
-    r.launches += (r.launches.empty() ? "" : ", ") + std::string("{\"kernel\": ") + quoted(name) +
+    r.launches += (r.launches.empty() ? "" : ", ") + std::string("{\"kernel\": ") + ptx::quoted(name) +
                   ", \"grid\": [" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
                   std::to_string(grid.z) + "], \"block\": [" + std::to_string(block.x) + ", " +
                   std::to_string(block.y) + ", " + std::to_string(block.z) +
@@ -124,12 +115,12 @@ Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t sh
     if (const auto f = r.functions.find(function); f != r.functions.end()) name = f->second.name;
     k = kernel_of(function);
   } catch (const std::exception& e) {
-    record("\"error\": " + quoted(e.what()));
+    record("\"error\": " + ptx::quoted(e.what()));
     return failed(kInvalidPtx);
   }
   if (shared + ptx::static_shared(*k->program) > k->shared_limit) {
-    record("\"error\": " + quoted("more shared memory than cudaFuncSetAttribute allowed: " +
-                                  std::to_string(k->shared_limit)));
+    record("\"error\": " + ptx::quoted("more shared memory than cudaFuncSetAttribute allowed: " +
+                                       std::to_string(k->shared_limit)));
     return failed(kInvalidValue);
   }
   std::vector<uint8_t> params(k->program->param_bytes);
@@ -140,7 +131,7 @@ Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t sh
   try {
     ptx::launch(*k, sizes, threads, shared, std::move(params), r.options);
   } catch (const std::exception& e) {
-    record("\"error\": " + quoted(e.what()));
+    record("\"error\": " + ptx::quoted(e.what()));
     return failed(kInvalidConfiguration);
   }
   record("\"report\": " + k->report.json());

@@ -123,7 +123,7 @@ void ProgramDecoder::run(const std::string& kernel) {
   if (!f.is_entry) fail(f.line, "'%s' is not a kernel", kernel.c_str());
   out_.name = kernel;
   out_.module = &module_;
-  out_.max_threads = f.max_threads;
+  out_.max_threads = f.max_threads, out_.required_threads = f.required_threads;
   std::unordered_map<std::string, bool> seen;
   reserve_shared(f, seen);
   out_.dynamic_shared = up(shared_end_, 128);

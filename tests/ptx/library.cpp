@@ -68,7 +68,11 @@ void launch(Kernel& k, const uint32_t grid[3], const uint32_t block[3], uint64_t
   }
   if (blocks == 0 || threads == 0) refuse("a grid or block of size 0");
   if (p.max_threads && threads > static_cast<uint64_t>(p.max_threads))
-    refuse("a block of " + std::to_string(threads) + " threads, built for " + std::to_string(p.max_threads));
+    refuse("a block of " + std::to_string(threads) + " threads, built for up to " +
+           std::to_string(p.max_threads));
+  if (p.required_threads && threads != static_cast<uint64_t>(p.required_threads))
+    refuse("a block of " + std::to_string(threads) + " threads, built for " +
+           std::to_string(p.required_threads));
   if (const uint64_t all = dynamic_shared + static_shared(p); all > kSharedLimit)
     refuse(std::to_string(all) + " bytes of shared memory, a block can have " + std::to_string(kSharedLimit));
   if (params.size() != p.param_bytes)

@@ -32,12 +32,15 @@ struct Frame {
   std::vector<Mask> undefined;        // of each slot: lanes with an undefined bit
 };
 
-// Lanes that stand at one instruction. A blocked group waits there for lanes that its instruction names.
+// Lanes that stand at one instruction. A blocked group waits there for lanes that its instruction names; of
+// those that have exited none is waited for, unless the instruction needs them all.
 struct Group {
   uint32_t pc = 0;
   Mask lanes = 0;
   Frame* frame = nullptr;
   bool blocked = false;
+  Mask needed = 0;
+  bool needs_exited = false;
 };
 
 struct Copy {  // a cp.async that has not landed
@@ -123,8 +126,9 @@ struct Warp {
   void exit(Mask lanes);
   void use(Frame* f);
   void branch(Mask taken, uint32_t target);
-  bool gather(const Inst& i, Mask exec, Mask needed);  // false: exec waits here for the others
-  bool gather_all(const Inst& i, Mask exec);           // an instruction that needs all 32 lanes
+  // False: exec waits here for the others that the instruction needs.
+  bool gather(const Inst& i, Mask exec, Mask needed, bool needs_exited = false);
+  bool gather_all(const Inst& i, Mask exec);  // all 32 lanes
   void pick();
   void reconverge();
 };

@@ -95,10 +95,6 @@ void decode_movmatrix(Decoder& d) {
 // D (16 x 8) = A (16 x K) B (K x 8) + C. Inst::imm: K, from bit 8 on the types of A, B and the sum, bit 31
 // satfinite. Detail: registers of D and A in `slots`, of B and C in `more`. Products are exact and summed in
 // double, then rounded once; hardware sums in another order with fewer bits.
-struct Shape {
-  uint32_t k, a_registers, b_registers, per_register;
-};
-
 double element(uint32_t bits, uint32_t e, Type t) {
   switch (t) {
     case Type::kF16:

@@ -109,6 +109,7 @@ bool find(Warp& w, const Inst& i, Space space, int lane, uint64_t address, uint3
 void note_read(Warp& w, const Inst& i, int lane, Region& r, uint64_t address, uint32_t bytes, bool strong);
 void note_write(Warp& w, const Inst& i, int lane, Region& r, uint64_t address, uint32_t bytes, bool strong,
                 const uint8_t* value);
+uint64_t sync_key(const Warp& w, const Place& p);  // of a place, for publish and observe
 void warp_sync(Warp& w, Mask lanes);
 void fence(Warp& w, Mask lanes, bool reaches_other_blocks);
 void publish(Warp& w, int lane, uint64_t address, bool replaces);

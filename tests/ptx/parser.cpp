@@ -218,12 +218,14 @@ void Parser::function(bool is_entry, bool is_extern) {
   f.name = lex_.identifier();
   if (lex_.peek() == '(') f.params = parameters(f);
   while (lex_.peek() == '.') {
-    if (lex_.accept_directive("maxntid") || lex_.accept_directive("reqntid")) {
-      // The name is gone; both give up to three sizes, and a launch must fit the product.
-      int sizes[3] = {1, 1, 1}, n = 0;
-      do sizes[n++] = static_cast<int>(lex_.number().value);
-      while (n < 3 && lex_.accept(','));
-      f.max_threads = sizes[0] * sizes[1] * sizes[2];
+    const bool required = lex_.accept_directive("reqntid");
+    if (required || lex_.accept_directive("maxntid")) {
+      int64_t threads = 1;
+      do threads *= lex_.number().value;
+      while (lex_.accept(','));
+      if (threads < 1 || threads > 1024)
+        fail(lex_.line(), "a block of %lld threads", static_cast<long long>(threads));
+      (required ? f.required_threads : f.max_threads) = static_cast<int>(threads);
     } else if (lex_.accept_directive("minnctapersm") || lex_.accept_directive("maxnreg") ||
                lex_.accept_directive("maxclusterrank")) {
       lex_.number();

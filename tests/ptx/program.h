@@ -48,7 +48,6 @@ struct Detail {
   std::vector<bool> wide;             // the slot holds 64 bits
   std::vector<uint32_t> targets;      // of brx.idx
   const struct Code* callee = nullptr;
-  std::string text;
 };
 constexpr uint32_t kNoSlot = ~0u;
 
@@ -128,7 +127,7 @@ struct Program {  // a kernel and what it calls
   std::deque<Code> functions;  // the kernel first
   std::deque<Detail> details;
   uint64_t param_bytes = 0;
-  int max_threads = 0;
+  int max_threads = 0, required_threads = 0;  // of a block; 0: not given
   struct Range {
     uint64_t begin, end;
   };

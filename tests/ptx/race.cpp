@@ -221,6 +221,12 @@ void note_write(Warp& w, const Inst& i, int lane, Region& r, uint64_t address, u
   });
 }
 
+// Shared memory's addresses are each block's own; blocks may have windows that no address reaches.
+uint64_t sync_key(const Warp& w, const Place& p) {
+  return p.region->is_shared ? p.address + kSharedWindow + (static_cast<uint64_t>(w.block->index) << 24)
+                             : p.address;
+}
+
 void warp_sync(Warp& w, Mask lanes) {
   const bool all = lanes == w.started;
   if (w.lanes) {

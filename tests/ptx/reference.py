@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .machine import Module
+from .machine import Kernel, Module, Report
 
 SIZES = {"pred": 0, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}
 SIZES |= {"b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4}
@@ -39,6 +39,8 @@ FORMATS = {
     "f32": Format(24, -126, 127, 32),
     "f64": Format(53, -1022, 1023, 64),
 }
+
+Value = Fraction | float  # infinities, NaN and -0.0 as floats
 
 
 def decode(bits: int, name: str) -> Fraction | float:
@@ -94,6 +96,13 @@ def encode(value: Fraction | float, name: str, mode: str = "rn") -> int:
         return sign | bits
     overflows = mode in ("rn", "rna") or (mode == "rp" and not sign) or (mode == "rm" and sign)
     return sign | (f.infinity if overflows else f.infinity - 1)
+
+
+def flush(bits: int, name: str) -> int:
+    """A subnormal number's bits become those of a zero of its sign."""
+    f = FORMATS[name]
+    magnitude = bits & ((1 << (f.bits - 1)) - 1)
+    return bits if magnitude >> (f.precision - 1) else bits & 1 << (f.bits - 1)
 
 
 def finite(*values: Fraction | float) -> bool:
@@ -241,3 +250,16 @@ def assemble(body: str, params: str = "u64", declarations: str = "", functions: 
   {declarations}
   {body}
 }}"""
+
+
+def small_kernel(body: str, params: str = "u64", declarations: str = "", functions: str = "") -> Kernel:
+    return Module(assemble(body, params, declarations, functions)).kernel("test")
+
+
+def launch(k: Kernel, *args: object, threads: int = 128, blocks: int = 1, **options: object) -> Report:
+    """A launch whose findings the test looks at itself."""
+    return k.launch((blocks,), (threads,), args, check=False, **options)
+
+
+def expect(report: Report, *kinds: str) -> None:
+    assert report.kinds == set(kinds), "\n".join(map(str, report.findings))

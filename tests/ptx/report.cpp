@@ -13,7 +13,6 @@ void Report::add(Finding finding) {
     ++findings[known->second].times;
 }
 
-namespace {
 std::string quoted(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
@@ -29,7 +28,6 @@ std::string quoted(std::string_view text) {
   }
   return out + '"';
 }
-}  // namespace
 
 std::string Report::json() const {
   std::string out = "{\"findings\": [";

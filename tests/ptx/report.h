@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -39,6 +40,8 @@ struct Report {
  private:
   std::unordered_map<std::string, size_t> known_;
 };
+
+std::string quoted(std::string_view text);  // as JSON
 
 // Counts one request of a warp: the addresses of the lanes in the mask, each of `bytes`.
 void count_shared(Traffic& t, const uint64_t* address, Mask lanes, uint32_t bytes);

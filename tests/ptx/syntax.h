@@ -102,7 +102,7 @@ struct Function {
   std::vector<Statement> body;
   std::vector<int> parent_scope;                    // of each { }
   std::vector<std::pair<std::string, int>> labels;  // "scope name" -> statement
-  int max_threads = 0;
+  int max_threads = 0, required_threads = 0;
 };
 
 struct Module {

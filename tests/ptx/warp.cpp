@@ -182,18 +182,20 @@ void Warp::branch(Mask taken, uint32_t target) {
   pc = target;
 }
 
-bool Warp::gather(const Inst& i, Mask exec, Mask needed) {
+bool Warp::gather(const Inst& i, Mask exec, Mask needed, bool needs_exited) {
+  if (!needs_exited) needed &= alive;
   if (!(needed & ~exec)) return true;
   // Lanes of this group that the guard keeps out go on alone.
   const Mask rest = active & ~exec;
-  others.push_back({static_cast<uint32_t>(&i - launch->program->code.data()), exec, frame, true});
+  others.push_back(
+      {static_cast<uint32_t>(&i - launch->program->code.data()), exec, frame, true, needed, needs_exited});
   active = rest;
   if (!active) pick();
   return false;
 }
 
 bool Warp::gather_all(const Inst& i, Mask exec) {
-  if (!gather(i, exec, started)) return false;
+  if (!gather(i, exec, started, true)) return false;
   if (exec == kAllLanes) return true;
   stop(*this, i, exec, "mask",
        "only " + lane_names(exec) + " execute an instruction that needs a whole warp");
@@ -204,7 +206,7 @@ bool Warp::gather_all(const Inst& i, Mask exec) {
 void Warp::pick() {
   Group* best = nullptr;
   for (Group& g : others) {
-    if (g.blocked) continue;
+    if (g.blocked && (g.needs_exited || (g.needed & alive & ~g.lanes))) continue;
     if (!best || g.frame->depth > best->frame->depth ||
         (g.frame->depth == best->frame->depth && g.pc < best->pc))
       best = &g;

@@ -4,8 +4,9 @@
 //   acc[m][n] = fma(dot, s_w, acc), with minima then fma(min, sum of bf16(x), acc); k ascending
 // Integer codes, e4m3 and dense bf16 are exact in bf16; only the values of nf4 and fp4 are rounded to it. A
 // pair operand takes columns (0, 2) or (1, 3) of each 4, because one mask of the packed dwords yields those;
-// prepare_bf16 stores x in that order. As in linear_int8, few rows decode codes in registers and many rows
-// decode slabs of a block into a panel; dense weights are a panel as they are.
+// prepare_bf16 stores x in that order. Dense weights have no scales, so one accumulator takes all of k. As in
+// linear_int8, few rows decode codes in registers and many rows decode slabs of a block into a panel; dense
+// weights are a panel as they are.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
@@ -13,8 +14,8 @@
 namespace tilewright {
 namespace {
 
-constexpr int kRows = 6;
-constexpr int64_t kUnpackFrom = kRows + 1;
+constexpr int kRows = 6;                       // 12 dot and 12 float accumulators of 32 registers
+constexpr int kDenseRows = 12;                 // 24 accumulators
 constexpr int64_t kSlab = kPanelBytes / 2048;  // blocks of 32 k
 
 // The 4 columns of a step for 16 rows, as two vectors of bf16 pairs: columns (0, 2) and (1, 3).
@@ -88,9 +89,9 @@ TW_INLINE F dot(F acc, __m512i w, const uint16_t* x) {
 }
 
 // Blocks [first, last) of 32 k; steps_of(kb) reads one. kSteps: 8, or 4 with groups of 16.
-template <int MR, int kSteps, class Scales, class StepsOf>
-void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, int64_t m, int64_t first,
-          int64_t last, F total[][2]) {
+template <bool kDense, int MR, int kSteps, class Scales, class StepsOf>
+void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Prefetch prefetch, int64_t m,
+          int64_t first, int64_t last, F total[][2]) {
   constexpr int kParts = 8 / kSteps;
   const int64_t k_blocks = a.w.k_blocks();
   const auto* x = static_cast<const uint16_t*>(a.x) + m * k_blocks * 32;
@@ -102,10 +103,14 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, in
     sum[i][1] = total[i][1];
   }
   for (int64_t kb = first; kb < last; ++kb) {
+    prefetch.next();
     auto steps = steps_of(kb);
     TW_UNROLL for (int part = 0; part < kParts; ++part) {
       F acc[MR][2];
-      TW_UNROLL for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = zero();
+      TW_UNROLL for (int i = 0; i < MR; ++i) {
+        acc[i][0] = kDense ? sum[i][0] : zero();
+        acc[i][1] = kDense ? sum[i][1] : zero();
+      }
       TW_UNROLL for (int s = 0; s < kSteps; ++s) {
         const int step = part * kSteps + s;
         Pairs low, high;
@@ -115,6 +120,13 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, in
           acc[i][0] = dot(dot(acc[i][0], low.even, four), low.odd, four + 2);
           acc[i][1] = dot(dot(acc[i][1], high.even, four), high.odd, four + 2);
         }
+      }
+      if constexpr (kDense) {
+        TW_UNROLL for (int i = 0; i < MR; ++i) {
+          sum[i][0] = acc[i][0];
+          sum[i][1] = acc[i][1];
+        }
+        continue;
       }
       const F s0 = scales.scale(kb, part, 0), s1 = scales.scale(kb, part, 16);
       const auto sum_of = [&](int i) { return sums[(i * k_blocks + kb) * kParts + part]; };
@@ -146,13 +158,15 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, in
   }
 }
 
-template <int kMost, int kSteps, class StepsOf>
+template <bool kDense, int kMost, int kSteps, class StepsOf>
 void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t block, int64_t begin,
               int64_t end) {
+  const int bytes = a.w.bits() * 128;  // of 32 k
   in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     F acc[rows.n][2];
     for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-    tile<rows.n, kSteps>(a, StoredScales{b}, steps_of, m, 0, a.w.k_blocks(), acc);
+    tile<kDense, rows.n, kSteps>(a, StoredScales{b}, steps_of, {b.codes + Prefetch::kDistance, bytes}, m, 0,
+                                 a.w.k_blocks(), acc);
     for (int i = 0; i < rows.n; ++i) {
       store_outputs(a, block, 0, m + i, acc[i][0]);
       store_outputs(a, block, 16, m + i, acc[i][1]);
@@ -160,18 +174,19 @@ void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int6
   });
 }
 
-template <int kSteps>
-void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, int64_t first,
-              int64_t last, int64_t begin, int64_t end, float* totals) {
+template <bool kDense, int kSteps>
+void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, Prefetch next,
+              int64_t first, int64_t last, int64_t begin, int64_t end, float* totals) {
   const auto steps_of = [=](int64_t kb) { return PanelSteps(panel, kb - first); };
-  in_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
+  in_even_tiles<kDense ? kDenseRows : kRows>(0, end - begin, [&](int64_t m, auto rows) {
     float* at = totals + m * 32;
     F acc[rows.n][2];
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       acc[i][0] = load(at + i * 32);
       acc[i][1] = load(at + i * 32 + 16);
     }
-    tile<rows.n, kSteps>(a, scales, steps_of, begin + m, first, last, acc);
+    tile<kDense, rows.n, kSteps>(a, scales, steps_of, m == 0 ? next : Prefetch{}, begin + m, first, last,
+                                 acc);
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       store(at + i * 32, acc[i][0]);
       store(at + i * 32 + 16, acc[i][1]);
@@ -199,15 +214,16 @@ template <Read r, int kSteps>
 void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
   const Block b(a.w, block);
   const int64_t m_count = m_end - m_begin, k_blocks = a.w.k_blocks();
-  if constexpr (r == Read::bf16) {
-    if (m_count < kUnpackFrom)
-      return few_rows<kRows, kSteps>(
-          a, b, [&](int64_t kb) { return PanelSteps(b.codes, kb); }, block, m_begin, m_end);
+  constexpr bool kDense = r == Read::bf16;
+  if constexpr (kDense) {
+    const auto steps_of = [&](int64_t kb) { return PanelSteps(b.codes, kb); };
+    if (m_count <= kDenseRows)
+      return few_rows<kDense, kDenseRows, kSteps>(a, b, steps_of, block, m_begin, m_end);
   } else {
     const Decoder<r> decode(a.w);
     const auto steps_of = [&](int64_t kb) { return DecodedSteps<r>{StepReader<r>(b.codes, kb, 0), decode}; };
     constexpr int kMost = r == Read::nibbles || r == Read::bytes ? kRows : 1;
-    if (m_count <= kMost) return few_rows<kMost, kSteps>(a, b, steps_of, block, m_begin, m_end);
+    if (m_count <= kMost) return few_rows<kDense, kMost, kSteps>(a, b, steps_of, block, m_begin, m_end);
   }
   auto* totals = reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes);
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
@@ -215,10 +231,13 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     const int64_t last = first + kSlab < k_blocks ? first + kSlab : k_blocks;
     const PanelScales scales(b, a.w.offset, first, last, panel);
     if constexpr (r == Read::bf16) {
-      all_rows<kSteps>(a, scales, b.codes + first * 2048, first, last, m_begin, m_end, totals);
+      all_rows<kDense, kSteps>(a, scales, b.codes + first * 2048,
+                               {b.codes + first * 2048 + Prefetch::kDistance, 2048}, first, last, m_begin,
+                               m_end, totals);
     } else {
       unpack<r>(b.codes, Decoder<r>(a.w), first, last, panel);
-      all_rows<kSteps>(a, scales, panel, first, last, m_begin, m_end, totals);
+      all_rows<kDense, kSteps>(a, scales, panel, {b.codes + last * code_block_bytes(r), code_block_bytes(r)},
+                               first, last, m_begin, m_end, totals);
     }
   }
   for (int64_t m = 0; m < m_count; ++m)

@@ -31,8 +31,7 @@ constexpr int64_t kSlab = kPanelBytes / 1024;  // blocks of 32 k
 struct Slab {
   const uint8_t* codes;
   int64_t first, last;
-  const uint8_t* next = nullptr;  // stored codes to prefetch, next_bytes a block of 32 k
-  int next_bytes = 0;
+  Prefetch prefetch;  // a call a block
 };
 
 template <int MR, class Scales>
@@ -120,11 +119,9 @@ void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 t
     sum[i][0] = total[i][0];
     sum[i][1] = total[i][1];
   }
-  const uint8_t* ahead = slab.next;
-  const int ahead_bytes = slab.next_bytes;
+  Prefetch prefetch = slab.prefetch;
   for (int64_t kb = slab.first; kb < slab.last;) {
-    for (int i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-    ahead += ahead_bytes;
+    prefetch.next();
     I dot[MR][2];
     if constexpr (length == Run::half) {
       StepReader<r> reader(slab.codes, kb - slab.first, pair);
@@ -160,7 +157,7 @@ void few_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t begin,
     for (int pair = 0; pair < kPairs; ++pair) {
       F acc[rows.n][2];
       for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-      const Slab all{b.codes, 0, a.w.k_blocks()};
+      const Slab all{b.codes, 0, a.w.k_blocks(), {b.codes + Prefetch::kDistance, code_block_bytes(r)}};
       tile<r, r == Read::nibbles ? 4 : 8, rows.n, length>(a, StoredScales{b}, all, table, pair, m, acc);
       for (int i = 0; i < rows.n; ++i) {
         store_outputs(a, block, pair_row(pair, 0), m + i, acc[i][0]);
@@ -203,7 +200,7 @@ void all_rows(const LinearArgs& a, const PanelScales& scales, const Slab& slab, 
         acc[i][1] = load(at + i * 32 + r1);
       }
       Slab now = slab;
-      if (m > 0 || pair > 0) now.next_bytes = 0;  // once is enough
+      if (m > 0 || pair > 0) now.prefetch = {};  // once is enough
       tile<Read::bytes, kBits, rows.n, length>(a, scales, now, Bytes16{}, pair, begin + m, acc);
       TW_UNROLL for (int i = 0; i < rows.n; ++i) {
         store(at + i * 32 + r0, acc[i][0]);
@@ -236,8 +233,9 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     const uint8_t* codes = r == Read::bytes ? b.codes + first * 1024 : panel;
     if constexpr (r != Read::bytes) unpack<r>(a.w, b.codes, first, last, panel);
     const PanelScales scales(b, a.w.offset, first, last, panel);
-    const uint8_t* next = b.codes + last * code_block_bytes(r);
-    const Slab slab{codes, first, last, next, last < k_blocks ? code_block_bytes(r) : 0};
+    Prefetch next{b.codes + last * code_block_bytes(r), code_block_bytes(r)};
+    if (last == k_blocks) next = {};
+    const Slab slab{codes, first, last, next};
     all_rows<r == Read::nibbles ? kPanelBits : 8, length>(a, scales, slab, m_begin, m_end, totals);
   }
   for (int64_t m = 0; m < m_count; ++m)

@@ -223,6 +223,18 @@ struct StepReader {
   }
 };
 
+// Codes that a pass over a block with few rows will want soon: `bytes` more with each call.
+struct Prefetch {
+  // Ahead of what is read (bench/NOTES.md).
+  static constexpr int64_t kDistance = 4096;
+  const uint8_t* at = nullptr;
+  int bytes = 0;
+  TW_INLINE void next() {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += bytes;
+  }
+};
+
 // The values of a table of integers, as unsigned bytes around 128.
 struct ByteTable {
   uint8_t bytes[16];

@@ -6,8 +6,10 @@ folder's tokenizer.json or from a GGUF file's metadata; chat templates are in `c
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import tokenizers_errors
@@ -90,6 +92,24 @@ class Tokenizer:
         from .gguf_tokenizer import build
 
         return cls(**build(file))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json into a folder (created if need be), for `from_pretrained` here
+        and in transformers. Which ids beside `eos_token_id` end a turn is for generation_config.json to say."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        templates = self.chat_template
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self._special_tokens(),
+        }
+        if templates.keys() == {"default"}:
+            config["chat_template"] = templates["default"]
+        elif templates:
+            config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        self._backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # --- vocabulary ---
 

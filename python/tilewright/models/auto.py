@@ -40,10 +40,15 @@ class AutoModelForCausalLM:
     ) -> CausalLM:
         """Load the model at `path`: a Hugging Face folder, a .gguf file, or a name `tilewright pull` knows.
 
+        Folders may be quantised, as their config.json then says: GPTQ, AWQ (gemm), bitsandbytes (int8, NF4, FP4), HQQ
+        (axis 1), EETQ, compressed-tensors (int-quantized, pack-quantized, fp8), fp8 (DeepSeek's, Qwen's).
+        `tilewright.quant` says what their matrices become; how the libraries round inputs is not imitated.
+
         dtype: of matrices that stay dense: "auto" (the file's; float16 becomes float32), float32, bfloat16;
-        quantization: None, "int8", "int4", or a dict with bits and maybe group_size, symmetric, skip (module
-        names left dense, default the head), for files that are not quantised yet;
-        activation: how inputs of quantised matrices are rounded, see `quantized_linear`.
+        quantization: None, "int8", "int4", or a dict with bits and maybe group_size, symmetric, method (as in
+        `quantize_weight`), skip (module names left dense, default the head), for files that are not quantised yet;
+        activation: how inputs of quantised matrices are rounded, see `quantized_linear`; matrices whose codes are no
+        integers (nf4, fp4, fp8) take bf16 in place of int8.
 
         Raises FormatError (a ValueError) for a broken file, ValueError, TypeError or NotImplementedError that
         names the argument or what is not supported.

@@ -120,17 +120,11 @@ class ModelConfig:
         """Read the dict of the config.json at `path`, in the spelling of transformers 4 or 5.
 
         Raises FormatError for a field that is missing, ill-typed or contradicts another, NotImplementedError
-        for an architecture, activation, rotary variant or quantised checkpoint that is not supported.
+        for an architecture, activation or rotary variant that is not supported. What its quantization_config says is
+        left to `models.schemes`.
         """
         family = _hf_family(Fields(config, path))
         fields = Fields(config, path, defaults=family.defaults)
-        quantised = fields.mapping("quantization_config")
-        if quantised:
-            raise fields.unsupported(
-                "quantization_config",
-                f"checkpoints quantised with {quantised.get('quant_method', 'an unnamed method')!r} are not "
-                'supported yet; load the unquantised folder with quantization="int4", or a GGUF file',
-            )
         activation = fields.text("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise fields.unsupported("hidden_act", f"{activation!r} is not supported, only 'silu' is")

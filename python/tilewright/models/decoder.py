@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
 
 
 @dataclass(slots=True)
-class _Layer:
+class BoundLayer:
     """A DecoderLayer bound for the hot path. left: see `ModelConfig.left_window`."""
 
     attention_norm: Tensor
@@ -63,7 +63,7 @@ class _Layer:
 
 
 @dataclass(slots=True)
-class _Step:
+class Step:
     """What all layers of one forward pass share. int64 tensors; rows: where the new keys go in the cache."""
 
     cos: Tensor
@@ -97,8 +97,8 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(norm, requires_grad=False)
         self.head = head
-        self.rope = _RopeTables(config)
-        self._bound: list[_Layer] | None = None
+        self.rope = RopeTables(config)
+        self._bound: list[BoundLayer] | None = None
         self.eval()
 
     @property
@@ -230,7 +230,7 @@ class CausalLM(nn.Module):
     generate = generate
     save_pretrained = save_pretrained
 
-    def _begin(self, ids: Tensor, cache: DynamicCache, starts: Tensor | None, position_ids: Tensor | None) -> _Step:
+    def _begin(self, ids: Tensor, cache: DynamicCache, starts: Tensor | None, position_ids: Tensor | None) -> Step:
         """Make room in the cache and work out what all layers share."""
         batch, seq = ids.shape
         past, end = cache.length, cache.length + seq
@@ -245,7 +245,7 @@ class CausalLM(nn.Module):
             positions = (rows - cache.starts[:, None]).clamp_(min=0) if cache.padded else rows
             last = end
         cos, sin = self.rope.upto(last)
-        return _Step(cos, sin, positions, rows, cache.starts, torch.full((batch,), end))
+        return Step(cos, sin, positions, rows, cache.starts, torch.full((batch,), end))
 
     def _prepared(self, ids: Tensor, cache: DynamicCache) -> DecodeStep | None:
         """The decoding step for this cache, with room for one more token; None where it may not be used."""
@@ -263,13 +263,13 @@ class CausalLM(nn.Module):
         heads, head_dim = config.num_key_value_heads, config.head_dim
         cache.reserve(tokens, config.num_hidden_layers, batch, heads, head_dim, self.cache_dtype)
 
-    def bound_layers(self) -> list[_Layer]:
+    def bound_layers(self) -> list[BoundLayer]:
         """The layers for the hot path; another list whenever weights may have been replaced."""
         if self._bound is not None:
             return self._bound
         self._head = bound(self.head)
         self._bound = [
-            _Layer(
+            BoundLayer(
                 layer.attention_norm,
                 bound(layer.qkv),
                 bound(layer.output),
@@ -297,7 +297,9 @@ def add_norm(x: Tensor, total: Tensor | None, weight: Tensor, eps: float) -> tup
     return (rms_norm(x, weight, eps), x) if total is None else rms_norm(x, weight, eps, residual=total)
 
 
-def attention_block(x: Tensor, layer: _Layer, step: _Step, keys: Tensor, values: Tensor, config: ModelConfig) -> Tensor:
+def attention_block(
+    x: Tensor, layer: BoundLayer, step: Step, keys: Tensor, values: Tensor, config: ModelConfig
+) -> Tensor:
     """Causal self-attention. x: fp32 (batch, seq, hidden), normed; keys, values: the layer's cache."""
     batch, seq, _ = x.shape
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -320,13 +322,13 @@ def attention_block(x: Tensor, layer: _Layer, step: _Step, keys: Tensor, values:
     return layer.output(out.transpose(1, 2).reshape(batch, seq, -1))
 
 
-def mlp_block(x: Tensor, layer: _Layer) -> Tensor:
+def mlp_block(x: Tensor, layer: BoundLayer) -> Tensor:
     """down(silu(gate(x)) * up(x)). x: fp32 (batch, seq, hidden), normed."""
     gate, up = layer.gate_up(x).chunk(2, dim=-1)
     return layer.down(silu_mul(gate, up))
 
 
-class _RopeTables:
+class RopeTables:
     """cos and sin up to the longest position seen, grown by doubling; recomputed when the scaling says so."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -93,6 +93,18 @@ class Fields:
             raise self.error(name, "an object", value)
         return value
 
+    def section(self, name: str) -> Fields:
+        """The object of that name (empty where absent), whose complaints name both it and the field."""
+        prefix = f"{self.prefix}{name}."
+        return Fields({prefix + str(key): value for key, value in self.mapping(name).items()}, self.path, prefix)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A list of strings; empty where the field is absent or null."""
+        value = self._value(name, [], "a list of strings")
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self.error(name, "a list of strings", value)
+        return tuple(value)
+
     def token(self, name: str) -> int | None:
         """A token id. Old checkpoints write -1 for none."""
         value = self.get(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tilewright.ops import quantized_linear
 from tilewright.quant import QuantizedLinear, QuantizedWeight
+from tilewright.quant.weight import FLOAT_CODES
 
 # Packed weights store blocks of so many rows; only whole blocks can be stacked without repacking.
 _BLOCK_ROWS = 32
@@ -64,8 +65,11 @@ class Embedding(nn.Module):
 
 
 def linear(weight: Matrix, bias: Tensor | None, activation: str) -> nn.Module:
-    """The module for one matrix. `activation` as in `quantized_linear`; dense weights do not use it."""
+    """The module for one matrix. `activation` as in `quantized_linear`; dense weights do not use it, and codes that
+    are no integers (nf4, fp4, e4m3) take bf16 where it asks for integers, which would gain them nothing."""
     if isinstance(weight, QuantizedWeight):
+        if activation.startswith("int8") and weight.codes in FLOAT_CODES:
+            activation = "bf16"
         return QuantizedLinear.from_weight(weight, bias, activation=activation)
     return DenseLinear(weight, bias)
 

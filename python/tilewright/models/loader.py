@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.io.errors import FormatError
+from tilewright.models.config import ModelConfig
 from tilewright.models.decoder import CausalLM, DecoderLayer
 from tilewright.models.linear import Embedding, Matrix, stacked
-from tilewright.models.sources import FolderSource, GGUFSource
+from tilewright.models.sources import FolderSource, GGUFSource, Names, open_source
 from tilewright.quant import QuantizedWeight, quantize_weight
-
-# Rows are quantised in pieces of about this many elements: their fp32 copies stay in the cache, and small beside
-# the packed model.
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Quantization:
     group_size: int = 32
     symmetric: bool = True
     skip: tuple[str, ...] = ("lm_head",)
+    method: str = "rtn"
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | None) -> Quantization | None:
@@ -51,14 +49,14 @@ class Quantization:
             return cls(8 if value == "int8" else 4)
         if not isinstance(value, Mapping):
             raise TypeError(f"quantization: expected a string, a dict or None, got {type(value).__name__}")
-        known = ("bits", "group_size", "symmetric", "skip")
+        known = ("bits", "group_size", "symmetric", "skip", "method")
         unknown = [key for key in value if key not in known]
         if unknown or "bits" not in value:
             raise ValueError(f"quantization: expected bits and maybe {', '.join(known[1:])}, got {dict(value)}")
         skip = value.get("skip", ("lm_head",))
         found = cls(**{**value, "skip": (skip,) if isinstance(skip, str) else tuple(skip)})
         # Bad numbers are reported now, not after half of the model is loaded.
-        quantize_weight(torch.zeros(1, 1), found.bits, found.group_size, found.symmetric)
+        found.apply(torch.zeros(1, 1))
         return found
 
     def covers(self, name: str, is_head: bool) -> bool:
@@ -68,22 +66,7 @@ class Quantization:
 
     def apply(self, weight: Tensor) -> QuantizedWeight:
         """weight: (N, K) of any float dtype, N at least 1."""
-        # 32 rows are a block of the packed form, the unit in which pieces can be stacked.
-        rows = max(_PIECE // weight.shape[1] // 32, 1) * 32
-        arguments = (self.bits, self.group_size, self.symmetric)
-        first: QuantizedWeight | None = None
-        packed, done = torch.empty(0), 0
-        for rows_of_it in weight.split(rows):
-            piece = quantize_weight(rows_of_it, *arguments)
-            if first is None:
-                first = piece
-                packed = piece.packed.new_empty(-(-weight.shape[0] // 32), piece.packed.shape[1])
-            elif piece.spec()[1:] != first.spec()[1:]:
-                # Pieces may differ in how they store scales; then all rows have to be seen at once.
-                return quantize_weight(weight, *arguments)
-            packed[done : done + piece.packed.shape[0]] = piece.packed
-            done += piece.packed.shape[0]
-        return replace(first, packed=packed, shape=tuple(weight.shape))
+        return quantize_weight(weight, self.bits, self.group_size, self.symmetric, method=self.method)
 
 
 def load(
@@ -99,12 +82,52 @@ def load(
     arithmetic on a CPU, becomes float32). Norms and biases are float32. Raises FormatError or
     NotImplementedError.
     """
-    path = Path(path)
-    source = FolderSource(path) if path.is_dir() else GGUFSource(path)
+    source = open_source(Path(path))
     try:
         return _Loader(source, dtype, quantization, activation).model()
     finally:
         source.close()
+
+
+def check_tensors(source: GGUFSource | FolderSource) -> None:
+    """One FormatError for the first tensor that is missing, of another shape, or not expected."""
+    shapes, path = source.shapes, source.path
+    expected = set()
+    for name, shape in _expected(source.config, source.names):
+        expected.add(name)
+        if name not in shapes:
+            raise FormatError(path, name, f"expected a tensor of shape {shape}, the file has none of that name")
+        if shapes[name] != shape:
+            raise FormatError(path, name, f"expected shape {shape} by the config, got {shapes[name]}")
+    for name in shapes:
+        if name not in expected and not source.ignorable(name):
+            raise FormatError(path, name, f"expected no such tensor in a {source.config.model_type} model, got one")
+
+
+def _expected(config: ModelConfig, names: Names) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that the config calls for, with its shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    yield f"{names.embedding}.weight", (config.vocab_size, hidden)
+    yield f"{names.norm}.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield f"{names.head}.weight", (config.vocab_size, hidden)
+    matrices = (
+        (names.q, q, hidden, config.attention_bias),
+        (names.k, kv, hidden, config.attention_bias),
+        (names.v, kv, hidden, config.attention_bias),
+        (names.output, hidden, q, config.attention_output_bias),
+        (names.gate, inner, hidden, config.mlp_bias),
+        (names.up, inner, hidden, config.mlp_bias),
+        (names.down, hidden, inner, config.mlp_bias),
+    )
+    for i in range(config.num_hidden_layers):
+        yield f"{names.attention_norm.format(i)}.weight", (hidden,)
+        yield f"{names.mlp_norm.format(i)}.weight", (hidden,)
+        for name, rows, columns, has_bias in matrices:
+            yield f"{name.format(i)}.weight", (rows, columns)
+            if has_bias:
+                yield f"{name.format(i)}.bias", (rows,)
 
 
 class _Loader:
@@ -121,7 +144,7 @@ class _Loader:
 
     def model(self) -> CausalLM:
         """Check all names and shapes, then load unit by unit, the largest first."""
-        self.check()
+        check_tensors(self.source)
         shapes = self.source.shapes
         units = sorted(self.units(), key=lambda unit: -sum(prod(shapes[f"{name}.weight"]) for name in unit[1]))
         modules = {slot: self.matrix(names) for slot, names in units}
@@ -146,46 +169,6 @@ class _Loader:
             cache_dtype=torch.float32 if fp32_cache else torch.bfloat16,
             generation_config=self.source.generation_config,
         )
-
-    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor that the config calls for, with its shape."""
-        config, names = self.config, self.names
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        yield f"{names.embedding}.weight", (config.vocab_size, hidden)
-        yield f"{names.norm}.weight", (hidden,)
-        if not config.tie_word_embeddings:
-            yield f"{names.head}.weight", (config.vocab_size, hidden)
-        matrices = (
-            (names.q, q, hidden, config.attention_bias),
-            (names.k, kv, hidden, config.attention_bias),
-            (names.v, kv, hidden, config.attention_bias),
-            (names.output, hidden, q, config.attention_output_bias),
-            (names.gate, inner, hidden, config.mlp_bias),
-            (names.up, inner, hidden, config.mlp_bias),
-            (names.down, hidden, inner, config.mlp_bias),
-        )
-        for i in range(config.num_hidden_layers):
-            yield f"{names.attention_norm.format(i)}.weight", (hidden,)
-            yield f"{names.mlp_norm.format(i)}.weight", (hidden,)
-            for name, rows, columns, has_bias in matrices:
-                yield f"{name.format(i)}.weight", (rows, columns)
-                if has_bias:
-                    yield f"{name.format(i)}.bias", (rows,)
-
-    def check(self) -> None:
-        """One FormatError for the first tensor that is missing, of another shape, or not expected."""
-        shapes, path = self.source.shapes, self.source.path
-        expected = set()
-        for name, shape in self.expected():
-            expected.add(name)
-            if name not in shapes:
-                raise FormatError(path, name, f"expected a tensor of shape {shape}, the file has none of that name")
-            if shapes[name] != shape:
-                raise FormatError(path, name, f"expected shape {shape} by the config, got {shapes[name]}")
-        for name in shapes:
-            if name not in expected and not self.source.ignorable(name):
-                raise FormatError(path, name, f"expected no such tensor in a {self.config.model_type} model, got one")
 
     def units(self) -> Iterator[tuple[tuple[str, int], tuple[str, ...]]]:
         """(slot, module names): the matrices that become one module."""

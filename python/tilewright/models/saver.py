@@ -70,7 +70,7 @@ def named_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
         rows = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
         for name, tensor in _parts(layer.qkv, rows):
             rotary = config.rope_interleaved and not name.startswith(f"{attention}.v_proj")
-            yield name, _halves(tensor, config.head_dim) if rotary else tensor
+            yield name, halves(tensor, config.head_dim) if rotary else tensor
         yield from _parts(layer.output, {f"{attention}.o_proj": config.hidden_size})
         yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm
         yield from _parts(layer.gate_up, {f"{prefix}.mlp.gate_proj": inner, f"{prefix}.mlp.up_proj": inner})
@@ -106,7 +106,7 @@ def _parts(module: nn.Module, rows: dict[str, int]) -> Iterator[tuple[str, Tenso
                 yield f"{name}.{kind}", part
 
 
-def _halves(tensor: Tensor, head_dim: int) -> Tensor:
+def halves(tensor: Tensor, head_dim: int) -> Tensor:
     """Rows of q or k from interleaved rotary pairs, as GGUF stores them, to the halves of transformers."""
     pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tilewright.generation.config import FILE_NAME, GenerationConfig
 from tilewright.io.errors import FormatError
@@ -18,10 +17,11 @@ from tilewright.io.folder import HFFolder
 from tilewright.io.gguf import GGUFFile
 from tilewright.models.config import ModelConfig
 from tilewright.models.linear import Matrix
-from tilewright.quant import from_gguf
+from tilewright.models.schemes import scheme_of
+from tilewright.quant import QuantizedWeight, from_gguf
+from tilewright.quant.gguf import TYPES as _PACKED_GGUF
 
 _DENSE_GGUF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PACKED_GGUF = ("Q4_0", "Q4_1", "Q8_0")
 _DENSE = tuple(_DENSE_GGUF.values())
 
 
@@ -43,7 +43,7 @@ class Names:
     down: str
 
 
-_HF = Names(
+HF_NAMES = Names(
     embedding="model.embed_tokens",
     norm="model.norm",
     head="lm_head",
@@ -94,10 +94,14 @@ class GGUFSource:
         kind, raw = self.file.tensors[name].type_name, self.file.raw(name)
         if kind in _DENSE_GGUF:
             return raw.view(-1).view(_DENSE_GGUF[kind]).view(self.shapes[name])
-        if kind in _PACKED_GGUF and len(self.shapes[name]) == 2:
-            return from_gguf(raw, kind, self.shapes[name])
-        supported = ", ".join((*_DENSE_GGUF, *_PACKED_GGUF))
-        raise NotImplementedError(f"{self.path}: {name}: type {kind} is not supported, supported: {supported}")
+        if kind not in _PACKED_GGUF:
+            supported = ", ".join((*_DENSE_GGUF, *_PACKED_GGUF))
+            raise NotImplementedError(f"{self.path}: {name}: type {kind} is not supported, supported: {supported}")
+        if len(self.shapes[name]) != 2:
+            raise FormatError(
+                self.path, name, f"expected F32, F16 or BF16 for a tensor of shape {self.shapes[name]}, got {kind}"
+            )
+        return from_gguf(raw, kind, self.shapes[name])
 
     def release(self) -> None:
         self.file.release_all()
@@ -129,19 +133,27 @@ class GGUFSource:
 class FolderSource:
     """A Hugging Face folder as the loader sees it."""
 
-    names = _HF
+    names = HF_NAMES
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, HFFolder(path)
         self.config = ModelConfig.from_hf(self.folder.config, path / "config.json")
         self.shapes = {name: self.folder.info(name)[1] for name in self.folder.names()}
+        self.scheme = scheme_of(self.folder.config, self.folder)
+        self.quantised = {} if self.scheme is None else self.scheme.matrices
+        for name, matrix in self.quantised.items():
+            for part in matrix.tensors.values():
+                self.shapes.pop(part, None)
+            self.shapes[name] = matrix.shape
         given = GenerationConfig.from_dict(self.folder.generation_config, path / FILE_NAME)
         self.generation_config = given.over(_token_ids(self.config))
         self.generation_config.extra = given.extra
         self._check_tie()
 
-    def load(self, name: str) -> Tensor:
-        """The tensor, a view of the file."""
+    def load(self, name: str) -> Matrix:
+        """The tensor: packed where the file has it quantised, else a view of the file."""
+        if name in self.quantised:
+            return self._packed(name)
         dtype, _ = self.folder.info(name)
         if dtype not in _DENSE:
             raise FormatError(self.path, name, f"expected float32, float16 or bfloat16, got {dtype}")
@@ -155,15 +167,26 @@ class FolderSource:
 
     def ignorable(self, name: str) -> bool:
         # Old checkpoints store the rotary frequencies, which follow from the config.
-        tied_head = self.config.tie_word_embeddings and name == f"{_HF.head}.weight"
-        return tied_head or name.endswith(".rotary_emb.inv_freq")
+        tied_head = self.config.tie_word_embeddings and name == f"{HF_NAMES.head}.weight"
+        others = self.scheme is not None and self.scheme.ignorable(name)
+        return tied_head or name.endswith(".rotary_emb.inv_freq") or others
+
+    def _packed(self, name: str) -> QuantizedWeight:
+        matrix = self.quantised[name]
+        try:
+            return matrix.convert({part: self.folder.tensor(file) for part, file in matrix.tensors.items()})
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self.path}: {name}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise FormatError(self.path, name, str(error)) from None
 
     def _check_tie(self) -> None:
         """A folder that says "tied" and holds two different matrices means two, as in transformers."""
-        head, embedding = f"{_HF.head}.weight", f"{_HF.embedding}.weight"
+        head, embedding = f"{HF_NAMES.head}.weight", f"{HF_NAMES.embedding}.weight"
         if not self.config.tie_word_embeddings or not {head, embedding} <= self.shapes.keys():
             return
-        if not torch.equal(self.load(head), self.load(embedding)):
+        quantised = {head, embedding} & self.quantised.keys()
+        if quantised or not torch.equal(self.load(head), self.load(embedding)):
             warnings.warn(
                 f"{self.path}: config.json says tie_word_embeddings, but {head} and {embedding} differ; using both",
                 stacklevel=2,
@@ -171,6 +194,11 @@ class FolderSource:
             self.config.tie_word_embeddings = False
             self.config.raw["tie_word_embeddings"] = False
         self.release()
+
+
+def open_source(path: Path) -> GGUFSource | FolderSource:
+    """The model at `path`, a .gguf file or a Hugging Face folder."""
+    return FolderSource(path) if path.is_dir() else GGUFSource(path)
 
 
 def _token_ids(config: ModelConfig) -> GenerationConfig:

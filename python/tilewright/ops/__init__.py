@@ -3,7 +3,7 @@
 from tilewright.ops.activation import gelu_mul, silu_mul
 from tilewright.ops.attention import attention, scaled_dot_product_attention
 from tilewright.ops.kv_append import kv_append
-from tilewright.ops.linear import quantized_linear
+from tilewright.ops.linear import grouped_linear, quantized_linear
 from tilewright.ops.norm import layer_norm, rms_norm
 from tilewright.ops.quantized_kv import QuantizedKV
 from tilewright.ops.rope import rope
@@ -14,6 +14,7 @@ __all__ = [
     "QuantizedKV",
     "attention",
     "gelu_mul",
+    "grouped_linear",
     "kv_append",
     "layer_norm",
     "quantized_linear",

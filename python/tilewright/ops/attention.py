@@ -156,7 +156,7 @@ def attention_cached(
     return _attention(operands, options, False, out)[0]
 
 
-def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+def dropout_seed(dropout_p: float, device: torch.device | str = "cpu") -> Tensor | None:
     """A seed for dropout from the device's default generator, int64 (1,)."""
     if not dropout_p:
         return None

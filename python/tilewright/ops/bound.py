@@ -28,7 +28,7 @@ def linear(x: Tensor, module: nn.Module, out: Tensor) -> Call:
     """out = module(x), for a module of `models.linear`."""
     if isinstance(module, QuantizedLinear):
         weight = module.weight
-        options = (module.bias, weight.columns, module.activation, weight.outlier_threshold)
+        options = (module.bias, weight.columns, None, module.activation, weight.outlier_threshold)
         return partial(_C.linear, x, weight.packed, *weight.spec(), *options, out)
     return lambda: out.copy_(module(x))
 

@@ -57,7 +57,7 @@ def quantized_linear(
         raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
     columns, threshold, latent = weight.columns, weight.outlier_threshold, weight.latent
     if backend in ("auto", "cpu") and direct(x, packed, bias, out, latent):
-        return _linear(x, packed, bias, None, columns, *spec, activation, threshold, out)
+        return _linear(x, packed, bias, None, columns, None, *spec, activation, threshold, out)
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
     if out is not None:
@@ -71,10 +71,37 @@ def quantized_linear(
         result = quantized_linear_reference(x, weight, bias, activation=activation).to(x.dtype)
         record_reference(_OP)
     else:
-        result = torch.ops.tilewright.quantized_linear(
-            x, packed, bias, latent, columns, *spec, activation, threshold, backend
-        )
+        result = _dispatched(x, packed, bias, latent, columns, None, *spec, activation, threshold, backend)
     return result if out is None else out.copy_(result)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    group_sizes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "int8",
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer for each group of rows of x, as a mixture of experts has them once its tokens are sorted.
+
+    x: (M, K), the rows of the first group first; weight: QuantizedWeight (groups * N, K), the groups' matrices one
+    below the other, N a multiple of 32; group_sizes: int64 (groups,), rows of each, 0 allowed, M in all; bias:
+    (groups * N,) or None; result (M, N) in x's dtype. Each row has the bits that `quantized_linear` with its
+    group's matrix gives it. Gradients as there. Raises ValueError for sizes and shapes that disagree,
+    NotImplementedError for a missing backend.
+    """
+    check_backend("grouped_linear", backend)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"grouped_linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if backend == "reference":
+        record_reference(_OP)
+        return quantized_linear_reference(x, weight, bias, activation=activation, group_sizes=group_sizes).to(x.dtype)
+    arguments = (*weight.spec(), activation, weight.outlier_threshold)
+    if backend in ("auto", "cpu") and direct(x, weight.packed, bias, weight.latent, group_sizes):
+        return _linear(x, weight.packed, bias, None, weight.columns, group_sizes, *arguments)
+    return _dispatched(x, weight.packed, bias, weight.latent, weight.columns, group_sizes, *arguments, backend)
 
 
 def quantise_activations(x: Tensor, activation: str) -> Tensor:
@@ -107,11 +134,22 @@ def rounded_activations(x: Tensor, weight: QuantizedWeight, activation: str) -> 
 
 
 def quantized_linear_reference(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: str = "int8"
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "int8",
+    group_sizes: Tensor | None = None,
 ) -> Tensor:
-    """`quantized_linear` in float64: x quantised or rounded exactly as the kernels do, then plain matmul."""
-    out = rounded_activations(x, weight, activation) @ weight.dequantize().double().t()
-    return out if bias is None else out + bias.double()
+    """`quantized_linear` in float64: x quantised or rounded exactly as the kernels do, then plain matmul; with
+    ``group_sizes``, `grouped_linear`."""
+    rounded, w = rounded_activations(x, weight, activation), weight.dequantize().double()
+    if group_sizes is None:
+        return torch.nn.functional.linear(rounded, w, None if bias is None else bias.double())
+    count = len(group_sizes)
+    biases = [None] * count if bias is None else bias.double().view(count, -1)
+    parts = zip(rounded.split(group_sizes.tolist()), w.unflatten(0, (count, -1)), biases, strict=True)
+    return torch.cat([torch.nn.functional.linear(*part) for part in parts])
 
 
 def _linear(
@@ -120,6 +158,7 @@ def _linear(
     bias: Tensor | None,
     latent: Tensor | None,
     columns: Tensor | None,
+    group_sizes: Tensor | None,
     n: int,
     k: int,
     codes: int,
@@ -134,17 +173,36 @@ def _linear(
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     if out is None:
-        out = x.new_empty((*x.shape[:-1], n))
+        out = x.new_empty((*x.shape[:-1], _outputs(n, group_sizes)))
     if k == 0 and x.dim() and x.shape[-1] == 0:  # an empty sum
         return out.copy_(torch.zeros(n) if bias is None else bias)
-    _C.linear(x, packed, n, k, codes, group_size, offset, scale, bias, columns, activation, outlier_threshold, out)
+    _C.linear(
+        x,
+        packed,
+        n,
+        k,
+        codes,
+        group_size,
+        offset,
+        scale,
+        bias,
+        columns,
+        group_sizes,
+        activation,
+        outlier_threshold,
+        out,
+    )
     return out
 
 
-def _linear_any(x, packed, bias, latent, columns, *spec_and_backend):
-    *spec, activation, threshold, backend = spec_and_backend
+def _linear_any(x, packed, bias, latent, columns, group_sizes, *spec_and_options):
+    *spec, activation, threshold, backend = spec_and_options
     if served_by(_OP, backend, x) == "cpu":
-        return _linear(x, packed, bias, latent, columns, *spec, activation, threshold)
+        return _linear(x, packed, bias, latent, columns, group_sizes, *spec, activation, threshold)
+    if group_sizes is not None:
+        raise NotImplementedError(
+            "grouped_linear: has no GPU kernel; call quantized_linear for each group, or move the tensors to the CPU"
+        )
     if threshold > 0 and activation.startswith("int8"):
         raise NotImplementedError(
             f"{_OP}: outlier_threshold with integer activations has no GPU kernel; supported is activation='bf16'"
@@ -154,41 +212,52 @@ def _linear_any(x, packed, bias, latent, columns, *spec_and_backend):
     return twin("linear").linear(x, twin("weight").gpu_weight(packed, *spec), bias, activation)
 
 
-def _linear_fake(x, packed, bias, latent, columns, n, k, *_):
+def _outputs(n: int, group_sizes: Tensor | None) -> int:
+    return n if group_sizes is None else n // max(1, group_sizes.numel())
+
+
+def _linear_fake(x, packed, bias, latent, columns, group_sizes, n, k, *_):
     if x.device != packed.device:
         raise ValueError(f"{_OP}: x is on device {x.device}, the weight on {packed.device}; move one with .to")
     if x.shape[-1] != k:
         raise ValueError(f"{_OP}: the last dimension of x must be {k}, got {tuple(x.shape)}")
-    return x.new_empty((*x.shape[:-1], n))
+    return x.new_empty((*x.shape[:-1], _outputs(n, group_sizes)))
+
+
+def _dispatched(*arguments):
+    return torch.ops.tilewright.quantized_linear(*arguments)
 
 
 def _setup_context(ctx, inputs, output):
-    x, packed, bias, latent, columns, *spec, _, _, _ = inputs
+    x, packed, bias, latent, columns, group_sizes, *spec, _, _, _ = inputs
     ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
     ctx.latent_dtype = None if latent is None else latent.dtype
-    ctx.save_for_backward(packed, columns, None if latent is None else x)
+    ctx.save_for_backward(packed, columns, group_sizes, None if latent is None else x)
 
 
 def _backward(ctx, grad):
-    packed, columns, x = ctx.saved_tensors
+    packed, columns, group_sizes, x = ctx.saved_tensors
     grad_x = grad_bias = grad_latent = None
+    rows = grad.reshape(-1, grad.shape[-1]).float()
+    groups = [rows] if group_sizes is None else rows.split(group_sizes.tolist())
     if ctx.needs_input_grad[0]:
-        rows = torch.arange(ctx.spec[0], device=packed.device)
-        w = torch.ops.tilewright.weight_rows(rows, packed, *ctx.spec)
-        grad_x = grad.float() @ w
+        index = torch.arange(ctx.spec[0], device=packed.device)
+        w = torch.ops.tilewright.weight_rows(index, packed, *ctx.spec).unflatten(0, (len(groups), -1))
+        grad_x = torch.cat([part @ w[i] for i, part in enumerate(groups)])
         if columns is not None:
             grad_x = torch.empty_like(grad_x).index_copy_(-1, columns, grad_x)
-        grad_x = grad_x.to(ctx.x_dtype)
+        grad_x = grad_x.view(*grad.shape[:-1], -1).to(ctx.x_dtype)
     if ctx.bias_dtype is not None:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = torch.cat([part.sum(0) for part in groups]).to(ctx.bias_dtype)
     if x is not None:  # straight through the rounding
-        grad_latent = grad.reshape(-1, grad.shape[-1]).float().t() @ x.reshape(-1, x.shape[-1]).float()
+        inputs = x.reshape(-1, x.shape[-1]).float().split([part.shape[0] for part in groups])
+        grad_latent = torch.cat([part.t() @ seen for part, seen in zip(groups, inputs, strict=True)])
         grad_latent = grad_latent.to(ctx.latent_dtype)
-    return grad_x, None, grad_bias, grad_latent, *(None,) * 10
+    return grad_x, None, grad_bias, grad_latent, *(None,) * 11
 
 
 register(
-    "quantized_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? latent, Tensor? columns, "
+    "quantized_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? latent, Tensor? columns, Tensor? group_sizes, "
     f"{SPEC}, str activation, float outlier_threshold, str backend) -> Tensor",
     _linear_any,
     _linear_fake,

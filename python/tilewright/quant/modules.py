@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.ops.linear import ACTIVATIONS, quantized_linear
-from tilewright.quant.weight import QuantizedWeight, empty_packed, quantize_weight
+from tilewright.quant.quantize import quantize_weight
+from tilewright.quant.weight import QuantizedWeight, empty_packed
 
 
 class QuantizedLinear(nn.Module):
@@ -123,22 +124,34 @@ def quantize_(
     """Replace every nn.Linear (and GPT-2's Conv1D) inside ``module`` by a QuantizedLinear, in place.
 
     A module stays as it is if its dotted name, or the last part of it, stands in ``skip``, or if
-    ``filter(submodule, name)`` is false. Subclasses of nn.Linear are left alone: their forward may differ. One
-    layer is converted at a time. Returns ``module``.
+    ``filter(submodule, name)`` is false. Subclasses of nn.Linear are left alone: their forward may differ; so are
+    linears whose weight is computed (weight norm). Forward hooks move to the new module. One layer is converted at a
+    time, and its dense weight is let go before the next. Returns ``module``.
     """
     skipped = {skip} if isinstance(skip, str) else set(skip)
     if isinstance(module, nn.Linear):
         raise ValueError("quantize_: module is itself a Linear; use QuantizedLinear.from_linear")
-    seen: dict[int, QuantizedLinear] = {}  # a module that is registered twice stays shared
-    for parent_name, parent in list(module.named_modules(remove_duplicate=True)):
-        for name, child in list(parent._modules.items()):  # named_children() hides second names
+    # Places by child, so that a module that is registered twice stays shared. Names only: what holds on to a child
+    # here would keep its weight in memory until the end.
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent_name, parent in module.named_modules():
+        for name, child in parent._modules.items():  # named_children() hides second names
             full = f"{parent_name}.{name}" if parent_name else name
             if (type(child) is not nn.Linear and not _is_conv1d(child)) or full in skipped or name in skipped:
                 continue
-            if filter is not None and not filter(child, full):
+            if "weight" not in child._parameters or (filter is not None and not filter(child, full)):
                 continue
-            if id(child) not in seen:
-                seen[id(child)] = QuantizedLinear.from_linear(child, bits, group_size, activation=activation)
-                seen[id(child)].train(child.training)
-            setattr(parent, name, seen[id(child)])
+            places.setdefault(id(child), []).append((parent, name))
+    for registered in places.values():
+        first, name = registered[0]
+        new = _replacement(first._modules[name], bits, group_size, activation)
+        for parent, name in registered:
+            setattr(parent, name, new)
     return module
+
+
+def _replacement(linear: nn.Module, bits: int, group_size: int, activation: str) -> QuantizedLinear:
+    new = QuantizedLinear.from_linear(linear, bits, group_size, activation=activation)
+    new.train(linear.training)
+    vars(new).update({name: hooks for name, hooks in vars(linear).items() if name.startswith("_forward_")})
+    return new

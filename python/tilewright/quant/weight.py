@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,12 @@ from tilewright.ops.weight_rows import weight_rows
 CODES = (
     "int4", "int5", "int6", "int8", "nf4", "fp4", "iq4_nl", "mxfp4", "iq1", "iq2", "iq3_xxs", "iq3_s", "e4m3", "bf16",
 )  # fmt: skip
+FLOAT_CODES = ("nf4", "fp4", "e4m3", "bf16")  # no integers stand for them
 OFFSETS = ("none", "zero", "min")
 SCALES = ("f16", "bf16", "f32", "two_level", "none")
 GROUP_SIZES = (16, 32, 64, 128, -1)
 _BITS = {"int5": 5, "int6": 6, "int8": 8, "e4m3": 8, "bf16": 16}  # the others: 4
 _SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-_FP16_MIN_NORMAL, _FP16_MAX = 6.103515625e-05, 65504.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,13 @@ class QuantizedWeight:
         if self.packed.dtype is not torch.uint8:
             raise ValueError(f"QuantizedWeight: packed must be uint8, got {self.packed.dtype}")
         return (*self.shape, *_numbers(self.codes, self.group_size, self.offset, self.scale))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch's functions take tensors only. That this method exists also tells nn.TransformerEncoder, whose fast
+        path reads the weights of its linears, to call the linears instead."""
+        name = getattr(func, "__name__", func)
+        raise TypeError(f"{name}: a QuantizedWeight is not a tensor; call quantized_linear, or dequantize() it first")
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with `packed` on ``device``."""
@@ -180,57 +188,3 @@ def pack_bf16(w: Tensor, source: str = "") -> QuantizedWeight:
     weight = QuantizedWeight(packed, shape, "bf16", -1, "none", "none", source)
     _C.pack_bf16(w.detach().bfloat16().contiguous(), packed, *weight.spec())
     return weight
-
-
-def quantize_weight(
-    w: Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True, *, straight_through: bool = False
-) -> QuantizedWeight:
-    """Quantise ``w`` (N, K) by rounding to nearest.
-
-    Each group of ``group_size`` (16, 32, 64, 128, or -1 = a whole row) consecutive columns has one scale; the last
-    group of a row may be short. Symmetric: ``scale = max|w| / (2**(bits-1) - 1)``. Otherwise the range [min, max],
-    widened to include 0, is spread over all codes with an integer zero point. Scales are rounded to fp16, where
-    all of a weight's scales are normal numbers there, before the codes are chosen. With ``straight_through``,
-    `quantized_linear` gives ``w`` the gradient that it would give its quantised value.
-
-    Raises ValueError for other bits, group sizes, shapes, and for NaN or inf in ``w``.
-    """
-    if not isinstance(w, Tensor) or not w.is_floating_point():
-        raise TypeError(f"quantize_weight: w must be a floating-point tensor, got {getattr(w, 'dtype', type(w))}")
-    if w.dim() != 2:
-        raise ValueError(f"quantize_weight: w must have shape (N, K), got {tuple(w.shape)}")
-    if bits not in (4, 8):
-        raise ValueError(f"quantize_weight: bits must be 4 or 8, got {bits!r}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"quantize_weight: group_size must be one of {GROUP_SIZES}, got {group_size!r}")
-    latent, w = w, w.detach().float()
-    n, k = w.shape
-    size = k if group_size == -1 else group_size
-    groups = -(-k // size) if k else 0
-    if groups * size != k:  # zeros never widen a range that includes 0
-        w = torch.nn.functional.pad(w, (0, groups * size - k))
-    grouped = w.reshape(n, groups, size) if k else w.reshape(n, 0, 1)
-    low, high = torch.aminmax(grouped, dim=-1) if grouped.numel() else (grouped.sum(-1), grouped.sum(-1))
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise ValueError("quantize_weight: w contains NaN or infinity")
-    top = 2**bits - 1
-    if symmetric:
-        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = high / top - low / top  # high - low may overflow
-    nonzero = scale[scale > 0]
-    if nonzero.numel() and float(nonzero.min()) >= _FP16_MIN_NORMAL and float(nonzero.max()) <= _FP16_MAX:
-        scale = scale.half().float()
-    step = torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)).unsqueeze(-1)  # no step: all codes 0
-    zeros = None
-    if symmetric:
-        codes = (grouped / step).round_().add_(2 ** (bits - 1)).clamp_(1, top)
-    else:
-        zero = (-low / step.squeeze(-1)).round().clamp(0, top)
-        reach = torch.floor(torch.finfo(torch.float32).max / step)  # farther from zero a value would be infinite
-        codes = (grouped / step).round_().clamp_(-reach, reach).add_(zero.unsqueeze(-1)).clamp_(0, top)
-        zeros = zero.to(torch.uint8)
-    codes = codes.to(torch.uint8).reshape(n, groups * size)[:, :k]
-    weight = pack(codes, scale, zeros, f"int{bits}", group_size, "none" if symmetric else "zero")
-    return replace(weight, latent=latent) if straight_through else weight
