@@ -73,7 +73,7 @@ def flash_attn_func(
     options = score_options(op, q, softmax_scale, causal, window_size, softcap) | {"dropout_p": dropout_p}
     check_slopes(op, alibi_slopes, q.shape[0], q.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    operands = Operands(q, k, v, alibi=alibi_slopes, seed=dropout_seed(dropout_p, q.device))
+    operands = Operands(q, k, v, alibi=alibi_slopes, seed=dropout_seed(dropout_p, q))
     out, lse = attention_packed(operands, **options)
     out = out.transpose(1, 2).contiguous()
     return (out, lse, attention_probabilities(operands, **options)) if return_attn_probs else out
@@ -170,7 +170,7 @@ def flash_attn_varlen_func(
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     operands = Operands(
         q.transpose(0, 1).unsqueeze(0), k, v, alibi=alibi_slopes, q_start=q_bounds[:-1], q_end=q_bounds[1:],
-        k_start=k_start, k_end=k_end, block_table=block_table, seed=dropout_seed(dropout_p, q.device),
+        k_start=k_start, k_end=k_end, block_table=block_table, seed=dropout_seed(dropout_p, q),
     )  # fmt: skip
     out, lse = attention_packed(operands, **options)
     out = out[0].transpose(0, 1).contiguous()

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, check_device, contiguous_last, direct, register, served_by, twin
+from tilewright.ops.registry import (
+    check_backend,
+    check_device,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -62,14 +71,15 @@ def _name(activation: str) -> str:
 
 
 def _act_mul_any(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    if backend == "reference" or gate.dtype == torch.float64:
-        _C.record(_name(activation), "reference")
+    server = served_by(_name(activation), backend, gate)
+    if server == "reference":
+        record_reference(_name(activation))
         if activation == "silu":
             wide = silu_mul_reference(gate, up)
         else:
             wide = gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none")
         return wide.to(gate.dtype).contiguous()
-    if served_by(_name(activation), backend, gate) == "triton":
+    if server == "triton":
         return twin("activation").act_mul(gate, up, activation)
     return _act_mul_cpu(gate, up, activation)
 

@@ -95,7 +95,7 @@ def attention(
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
-    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p, q.device))
+    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p, q))
     options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
     if quantized:
         result, lse = attention_quantized(operands, k, options, backend, out)
@@ -133,7 +133,7 @@ def attention_packed(
     as q. Rows of q that belong to no sequence give 0 and -inf. Differentiable where there is no block_table and no
     k_batch. A seed is drawn where dropout needs one."""
     if dropout_p and operands.seed is None:
-        operands = operands._replace(seed=dropout_seed(dropout_p, operands.q.device))
+        operands = operands._replace(seed=dropout_seed(dropout_p, operands.q))
     scale = max(operands.q.size(-1), 1) ** -0.5 if scale is None else scale
     options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
     if direct(*operands):
@@ -156,12 +156,13 @@ def attention_cached(
     return _attention(operands, options, False, out)[0]
 
 
-def dropout_seed(dropout_p: float, device: torch.device | str = "cpu") -> Tensor | None:
-    """A seed for dropout from the device's default generator, int64 (1,)."""
+def dropout_seed(dropout_p: float, like: Tensor | None = None) -> Tensor | None:
+    """A seed for dropout from the default generator of ``like``'s device, the CPU's without it; int64 (1,)."""
     if not dropout_p:
         return None
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{_OP}: dropout_p must be a probability in [0, 1], got {dropout_p!r}")
+    device = None if like is None else like.device
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
@@ -249,7 +250,7 @@ def _attention(
     t: Operands, options: Options, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) from the kernel; float64 runs the reference."""
-    if _wide(t):
+    if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
         if t.q_start is None and t.k_batch is None and t.block_table is None:
             _check_shapes(t.q, t.k, t.v)
         record_reference(_OP)

@@ -109,8 +109,8 @@ def kv_append_reference(
     return out_k, out_v
 
 
-def _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, backend="auto"):
-    if backend == "reference" or torch.float64 in (cache_k.dtype, cache_v.dtype, k.dtype, v.dtype):
+def _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, server="cpu"):
+    if server == "reference" or torch.float64 in (cache_k.dtype, cache_v.dtype, k.dtype, v.dtype):
         record_reference("kv_append")
         out_k, out_v = kv_append_reference(
             cache_k, cache_v, k, v, positions, block_table=block_table, cache_seqlens=cache_seqlens
@@ -118,15 +118,20 @@ def _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, ba
         cache_k.copy_(out_k)
         cache_v.copy_(out_v)
         return
-    append = _C.kv_append if served_by("kv_append", backend, k) == "cpu" else twin("kv_append").kv_append
+    append = _C.kv_append if server == "cpu" else twin("kv_append").kv_append
     append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
     torch.autograd.graph.increment_version((cache_k, cache_v))  # a graph that saved them must notice
+
+
+def _kv_append_any(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, backend):
+    server = served_by("kv_append", backend, k)
+    _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, server)
 
 
 register(
     "kv_append(Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor k, Tensor v, Tensor? positions,"
     " Tensor? block_table, Tensor? cache_seqlens, str backend) -> ()",
-    _kv_append,
+    _kv_append_any,
     lambda *_: None,
     on_gpu=True,
 )

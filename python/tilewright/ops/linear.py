@@ -197,7 +197,7 @@ def _linear(
 
 def _linear_any(x, packed, bias, latent, columns, group_sizes, *spec_and_options):
     *spec, activation, threshold, backend = spec_and_options
-    if served_by(_OP, backend, x) == "cpu":
+    if served_by(_OP, backend, x) != "triton":
         return _linear(x, packed, bias, latent, columns, group_sizes, *spec, activation, threshold)
     if group_sizes is not None:
         raise NotImplementedError(

@@ -106,11 +106,12 @@ def _norm(
 
 def _norm_any(x, residual, weight, bias, eps, centred, backend):
     op = "layer_norm" if centred else "rms_norm"
-    if backend == "reference":
+    server = served_by(op, backend, x)
+    if server == "reference":
         record_reference(op)
         out, total = norm_reference(x, residual, weight, bias, eps, centred)
         out = out.to(x.dtype)
-    elif x.dtype != torch.float64 and served_by(op, backend, x) == "triton":
+    elif server == "triton":
         out, total = twin("norm").norm(x, residual, weight, bias, eps, centred)
     else:
         out, total = _norm(x, residual, weight, bias, eps, centred)

@@ -90,8 +90,10 @@ def check_backend(op: str, backend: str) -> None:
 
 
 def served_by(op: str, backend: str, t: Tensor) -> str:
-    """ "cpu" or "triton": what serves a call on ``t``'s device. Raises NotImplementedError where nothing does, or not
-    what ``backend`` names."""
+    """What serves a call with ``t``: "cpu", "triton", or "reference", which has all of float64. Raises
+    NotImplementedError where nothing does, or not what ``backend`` names."""
+    if backend == "reference" or t.dtype is torch.float64:
+        return "reference"
     if backend == "auto" and t.is_cpu:
         return "cpu"
     device = t.device.type

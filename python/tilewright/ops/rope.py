@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -93,29 +95,37 @@ def rope_reference(
     return rotate(q), rotate(k)
 
 
-def _rope_new(q, k, cos, sin, positions, interleaved, rotary_dim, backend="auto"):
+def _rope_new(q, k, cos, sin, positions, interleaved, rotary_dim, server="cpu"):
     q, k = contiguous_last(q), contiguous_last(k)
     out_q, out_k = torch.empty_like(q), torch.empty_like(k)
-    _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim, backend)
+    _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim, server)
     return out_q, out_k
 
 
-def _rope_inplace(q, k, cos, sin, positions, interleaved, rotary_dim, backend="auto"):
-    _rope_into(q, k, q, k, cos, sin, positions, interleaved, rotary_dim, backend)
+def _rope_inplace(q, k, cos, sin, positions, interleaved, rotary_dim, server="cpu"):
+    _rope_into(q, k, q, k, cos, sin, positions, interleaved, rotary_dim, server)
     torch.autograd.graph.increment_version((q, k))  # a graph that saved them must notice
 
 
-def _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim, backend):
-    if backend != "reference" and q.dtype != torch.float64:
-        if served_by("rope", backend, q) == "cpu":
-            _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
-        else:
-            twin("rope").rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim)
-        return
-    record_reference("rope")
-    results = rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
-    out_q.copy_(results[0])
-    out_k.copy_(results[1])
+def _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim, server):
+    if server == "reference" or q.dtype == torch.float64:
+        record_reference("rope")
+        results = rope_reference(q, k, cos, sin, positions=positions, interleaved=interleaved, rotary_dim=rotary_dim)
+        out_q.copy_(results[0])
+        out_k.copy_(results[1])
+    elif server == "cpu":
+        _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
+    else:
+        twin("rope").rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim)
+
+
+def _by_backend(kernel: Callable) -> Callable:
+    """``kernel`` with ``backend`` as its last argument instead of who serves the call."""
+
+    def choose(q, *arguments):
+        return kernel(q, *arguments[:-1], served_by("rope", arguments[-1], q))
+
+    return choose
 
 
 def _rope_fake(q, k, cos, sin, positions, interleaved, rotary_dim, backend):
@@ -137,7 +147,7 @@ def _backward(ctx, grad_q, grad_k):
 register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, int? rotary_dim,"
     " str backend) -> (Tensor, Tensor)",
-    _rope_new,
+    _by_backend(_rope_new),
     _rope_fake,
     on_gpu=True,
     backward=_backward,
@@ -146,7 +156,7 @@ register(
 register(
     "rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
     " int? rotary_dim, str backend) -> ()",
-    _rope_inplace,
+    _by_backend(_rope_inplace),
     lambda *_: None,
     on_gpu=True,
 )
