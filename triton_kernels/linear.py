@@ -1,4 +1,5 @@
-"""out = x @ w.T + bias with w quantised to 4 or 8 bits: x (M, K), w (N, K) as `weight.GpuWeight`, out (M, N).
+"""out = x @ w.T + bias with w quantised: x (M, K), w (N, K) as `weight.GpuWeight`, out (M, N); for groups of rows of x,
+each with a matrix of its own, in the same kernels.
 
 Up to 4 rows a program multiplies a few rows of w by all of x with plain multiply-adds: N*K*bits/8 bytes decide. More
 rows: tiles of w are dequantised to the type that x is multiplied in and go to tensor cores; 2*M*N*K operations decide
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewright.triton_kernels.launch import check_floats, fitting, run
+from tilewright.triton_kernels.rounding import quantised, rounded
 from tilewright.triton_kernels.weight import GpuWeight
 
 _OP = "quantized_linear"
@@ -52,21 +54,33 @@ def _integer_tiles(rows: int) -> list[triton.Config]:
     ]
 
 
-def linear(x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str) -> Tensor:
-    """`tilewright.quantized_linear`; result in x's dtype. activation "fp32" multiplies in x's dtype ("fp32" sums
-    either way), "bf16" in bfloat16, "int8" and "int8_token" in integers."""
+def linear(
+    x: Tensor,
+    weight: GpuWeight,
+    bias: Tensor | None,
+    activation: str,
+    group_sizes: Tensor | None = None,
+    outlier_threshold: float = 0.0,
+) -> Tensor:
+    """`tilewright.quantized_linear`, with ``group_sizes`` `grouped_linear`; result in x's dtype. activation "fp32"
+    multiplies in x's dtype ("fp32" sums either way), "bf16" in bfloat16, "int8" and "int8_token" in integers, or in
+    float32 where the weight's codes are no integers. Sizes are not looked at: rows beyond their sum give NaN."""
     check_floats(_OP, x=x)
-    n, k = weight.n, weight.k
+    n, k, groups = weight.n, weight.k, None if group_sizes is None else group_sizes.numel()
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{_OP}: the last dimension of x must be the weight's {k} columns, got x {tuple(x.shape)}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"{_OP}: bias must have shape ({n},), got {tuple(bias.shape)}")
+    if groups is not None:
+        _check_groups(x, n, group_sizes, outlier_threshold)
+        n //= groups
+        group_sizes = group_sizes.contiguous()
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     out = x.new_empty((*x.shape[:-1], n))
     if out.numel() == 0:
         return out
-    if k == 0:  # an empty sum
+    if k == 0 and groups is None:  # an empty sum
         return out.zero_() if bias is None else out.copy_(bias)
     flat = x.reshape(-1, k)
     if flat.stride(1) != 1 and k > 1:
@@ -74,26 +88,46 @@ def linear(x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str) -
     m = flat.shape[0]
     arguments = {
         "codes": weight.codes, "scales": weight.scales, "offsets": weight.offsets, "bias": bias, "out": out, "m": m,
-        "n": n, "k": k, "code_stride": weight.codes.stride(0), "groups": weight.scales.shape[0], "BITS": weight.bits,
-        "MIDDLE": weight.middle, "GROUP": weight.group, "OFFSET": weight.offset,
+        "n": n, "k": k, "code_stride": weight.codes.stride(0), "weight_rows": weight.n,
+        "groups": 0 if weight.scales is None else weight.scales.shape[0], "BITS": weight.bits, "MIDDLE": weight.middle,
+        "GROUP": weight.group, "OFFSET": weight.offset,
     }  # fmt: skip
+    sizes = {"sizes": group_sizes, "count": groups or 0}
+
+    def programs(meta: dict) -> tuple[int]:
+        # A group may end in a tile that it does not fill, and so may rows that belong to none.
+        tiles = triton.cdiv(m, meta["BLOCK_M"]) if groups is None else m // meta["BLOCK_M"] + groups + 1
+        return (tiles * triton.cdiv(n, meta["BLOCK_N"]),)
+
     if activation.startswith("int8"):
-        _integer(flat, arguments, activation == "int8_token")
-        return out
+        per_token = activation == "int8_token"
+        if weight.table is None and weight.bits != 16 and not outlier_threshold:
+            codes, x_scales = quantised(flat, per_token)
+            arguments |= sizes | {"x": codes, "x_scales": x_scales, "x_stride": codes.stride(0), "PER_TOKEN": per_token}
+            run(_gemm_integer, programs, arguments, _integer_tiles(m), key=("m", "n", "k"))
+            return out
+        flat = rounded(flat, per_token, outlier_threshold)
     dtype = torch.bfloat16 if activation == "bf16" else flat.dtype
-    arguments |= {"x": flat, "x_stride": flat.stride(0), "DTYPE": _TYPES[dtype]}
-    if m <= _FEW:
+    arguments |= {"x": flat, "x_stride": flat.stride(0), "table": weight.table, "DTYPE": _TYPES[dtype]}
+    if m <= _FEW and groups is None:
         run(_gemv, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),), arguments | {"ROWS": m}, _GEMV)
         return out
-    wide = dtype == torch.float32
-    run(
-        _gemm,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),),
-        arguments,
-        fitting(_tiles(m, wide), lambda c: _shared(c, flat.dtype, weight.bits), x.device),
-        key=("m", "n", "k"),
-    )
+    tiles = fitting(_tiles(m, dtype == torch.float32), lambda c: _shared(c, flat.dtype, weight.bits), x.device)
+    run(_gemm, programs, arguments | sizes, tiles, key=("m", "n", "k"))
     return out
+
+
+def _check_groups(x: Tensor, n: int, group_sizes: Tensor, outlier_threshold: float) -> None:
+    op, count = "grouped_linear", group_sizes.numel()
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be (rows, columns), got {tuple(x.shape)}")
+    if group_sizes.dtype != torch.int64 or group_sizes.dim() != 1 or count == 0:
+        found = f"{group_sizes.dtype} {tuple(group_sizes.shape)}"
+        raise ValueError(f"{op}: group_sizes must be int64 with one or more sizes, got {found}")
+    if n % count or n // count % 32:
+        raise ValueError(f"{op}: {count} groups need a multiple of 32 rows of the weight each, got {n} in all")
+    if outlier_threshold:
+        raise ValueError(f"{op}: weights with outliers have no groups")
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -106,30 +140,6 @@ def _shared(config: triton.Config, dtype: torch.dtype, bits: int) -> int:
     return config.num_stages * in_flight + n * 64 * 4
 
 
-def _integer(x: Tensor, arguments: dict, per_token: bool) -> None:
-    m, k = x.shape
-    blocks = triton.cdiv(k, 32)
-    padded = blocks * 32
-    codes = torch.empty((m, padded), dtype=torch.int8, device=x.device)
-    x_scales = torch.empty((m, 1 if per_token else blocks), dtype=torch.float32, device=x.device)
-    columns = min(triton.next_power_of_2(blocks), 64) * 32
-    run(
-        _quantise,
-        m * (1 if per_token else triton.cdiv(padded, columns)),
-        {"x": x, "codes": codes, "scales": x_scales, "x_stride": x.stride(0), "k": k, "padded": padded,
-         "PER_TOKEN": per_token, "COLUMNS": columns},
-        [triton.Config({}, num_warps=4, num_stages=1)],
-        fuse=False,
-    )  # fmt: skip
-    run(
-        _gemm_integer,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(arguments["n"], meta["BLOCK_N"]),),
-        arguments | {"x": codes, "x_scales": x_scales, "x_stride": padded, "PER_TOKEN": per_token},
-        _integer_tiles(m),
-        key=("m", "n", "k"),
-    )
-
-
 @triton.jit
 def _whole(code):
     """Small unsigned integers as float32: the low bits of 2**23, which is cheaper than a conversion."""
@@ -137,15 +147,20 @@ def _whole(code):
 
 
 @triton.jit
-def _scaled(code, scales, offsets, at, inside, MIDDLE: tl.constexpr, OFFSET: tl.constexpr):
+def _scaled(code, scales, offsets, table, at, inside, MIDDLE: tl.constexpr, OFFSET: tl.constexpr):
     """The weights of ``code``, float32; ``at``: where their scales are."""
-    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
-    if OFFSET == "min":
-        w = scale * _whole(code) + tl.load(offsets + at, mask=inside, other=0.0).to(tl.float32)
-    elif OFFSET == "zero":
-        w = scale * (_whole(code) - _whole(tl.load(offsets + at, mask=inside, other=0)))
+    if scales is None:
+        w = code.to(tl.float32)
     else:
-        w = scale * (_whole(code) - MIDDLE)
+        scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+        if table is not None:
+            w = scale * tl.load(table + code)
+        elif OFFSET == "min":
+            w = scale * _whole(code) + tl.load(offsets + at, mask=inside, other=0.0).to(tl.float32)
+        elif OFFSET == "zero":
+            w = scale * (_whole(code) - _whole(tl.load(offsets + at, mask=inside, other=0)))
+        else:
+            w = scale * (_whole(code) - MIDDLE)
     return w
 
 
@@ -159,27 +174,28 @@ def _group(column, groups, GROUP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["m", "groups"])
-def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
-          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _gemv(x, codes, scales, offsets, table, bias, out, m, n, k, x_stride, code_stride, weight_rows, groups,
+          BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr,
+          ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < n)[:, None]
-    BYTES: tl.constexpr = BLOCK_K * BITS // 8
-    byte = tl.arange(0, BYTES)
+    PACKED: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
+    STEP: tl.constexpr = BLOCK_K // PACKED
+    element = tl.arange(0, STEP)
     # Of 4 bits the byte's low nibble is this column of the step, the high one the column 32 further.
-    column = byte if BITS == 8 else byte // 32 * 64 + byte % 32
-    start = codes + row.to(tl.int64)[:, None] * code_stride + byte[None, :]
+    column = element if PACKED == 1 else element // 32 * 64 + element % 32
+    start = codes + row.to(tl.int64)[:, None] * code_stride + element[None, :]
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, BYTES], tl.float32),)  # noqa: RUF005 (Triton has no *)
+        sums = sums + (tl.zeros([BLOCK_N, STEP], tl.float32),)  # noqa: RUF005 (Triton has no *)
     for first in range(0, k, BLOCK_K):
-        known = inside & (byte < code_stride - first * BITS // 8)[None, :]
-        raw = tl.load(start + first * BITS // 8, mask=known, other=0)
-        for half in tl.static_range(8 // BITS):
+        known = inside & (element < code_stride - first // PACKED)[None, :]
+        raw = tl.load(start + first // PACKED, mask=known, other=0)
+        for half in tl.static_range(PACKED):
             at = first + column + 32 * half
-            code = raw if BITS == 8 else (raw & 15 if half == 0 else raw >> 4)
-            group = _group(at, groups, GROUP)[None, :] * n + row[:, None]
-            w = _scaled(code, scales, offsets, group, inside & (at < k)[None, :], MIDDLE, OFFSET).to(DTYPE)
+            code = raw if PACKED == 1 else (raw & 15 if half == 0 else raw >> 4)
+            group = _group(at, groups, GROUP)[None, :] * weight_rows + row[:, None]
+            w = _scaled(code, scales, offsets, table, group, inside & (at < k)[None, :], MIDDLE, OFFSET).to(DTYPE)
             added = ()
             for r in tl.static_range(ROWS):
                 value = tl.load(x + r * x_stride + at, mask=at < k, other=0.0).to(DTYPE).to(tl.float32)
@@ -193,29 +209,47 @@ def _gemv(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
 
 
 @triton.jit
-def _tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):
-    """Which rows and columns a program computes: GROUPED tiles below each other share their part of w in the L2."""
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band = GROUPED * tiles_n
-    first = tl.program_id(0) // band * GROUPED
-    height = tl.minimum(tiles_m - first, GROUPED)
-    within = tl.program_id(0) % band
-    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+def _tile_of(m, n, k, sizes, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):
+    """What a program computes: (first row, end of rows, first column, its group, columns of x to sum over). Group -1:
+    rows that belong to none."""
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    if sizes is None:
+        # GROUPED tiles below each other share their part of w in the L2.
+        band = GROUPED * tiles_n
+        above = tl.program_id(0) // band * GROUPED
+        height = tl.minimum(tl.cdiv(m, BLOCK_M) - above, GROUPED)
+        within = tl.program_id(0) % band
+        return (above + within % height) * BLOCK_M, m, within // height * BLOCK_N, 0, k
+    else:
+        tile = tl.program_id(0) // tiles_n
+        first, start, end, group = m, m * 0, m, m * 0 - 1
+        for g in range(count):
+            size = tl.minimum(tl.maximum(tl.load(sizes + g), 0), m - start).to(tl.int32)
+            here = (tile >= 0) & (tile * BLOCK_M < size)
+            first = tl.where(here, start + tile * BLOCK_M, first)
+            end = tl.where(here, start + size, end)
+            group = tl.where(here, g, group)
+            tile = tl.where(here, -1, tile - tl.cdiv(size, BLOCK_M))
+            start += size
+        first = tl.where(tile >= 0, start + tile * BLOCK_M, first)
+        return first, end, tl.program_id(0) % tiles_n * BLOCK_N, group, tl.where(group >= 0, k, 0)
 
 
-@triton.jit(do_not_specialize=["m", "groups"])
-def _gemm(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups, BITS: tl.constexpr,
-          MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
-    first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
+@triton.jit(do_not_specialize=["m", "groups", "count"])
+def _gemm(x, codes, scales, offsets, table, bias, out, sizes, m, n, k, x_stride, code_stride, weight_rows, groups,
+          count, BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+          DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
+    first_m, end, first_n, of_rows, columns = _tile_of(m, n, k, sizes, count, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    w_row = of_rows * n + column
     lane = tl.arange(0, 32)
     x_at = x + row.to(tl.int64)[:, None] * x_stride + lane[None, :]
-    w_at = codes + column.to(tl.int64)[:, None] * code_stride + lane[None, :]
+    w_at = codes + w_row.to(tl.int64)[:, None] * code_stride + lane[None, :]
     known = (column < n)[:, None]
+    PACKED: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, k, 64):
-        low = tl.load(w_at + first * BITS // 8, mask=known, other=0)
+    for first in range(0, columns, 64):
+        low = tl.load(w_at + first // PACKED, mask=known, other=0)
         if BITS == 4:
             high = low >> 4
             low = low & 15
@@ -223,91 +257,41 @@ def _gemm(x, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, 
             high = tl.load(w_at + first + 32, mask=known, other=0)
         for half in tl.static_range(2):
             at = first + 32 * half
-            a = tl.load(x_at + at, mask=(row < m)[:, None] & (lane < k - at)[None, :], other=0.0)
+            a = tl.load(x_at + at, mask=(row < end)[:, None] & (lane < k - at)[None, :], other=0.0)
             code = low if half == 0 else high
             if GROUP == 16:
-                group = _group(at + lane, groups, GROUP)[None, :] * n + column[:, None]
+                group = _group(at + lane, groups, GROUP)[None, :] * weight_rows + w_row[:, None]
             else:
-                group = _group(at, groups, GROUP) * n + column[:, None]
-            w = _scaled(code, scales, offsets, group, known, MIDDLE, OFFSET).to(DTYPE)
+                group = _group(at, groups, GROUP) * weight_rows + w_row[:, None]
+            w = _scaled(code, scales, offsets, table, group, known, MIDDLE, OFFSET).to(DTYPE)
             total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision="ieee")
-    _store(total, bias, out, row, column, m, n)
+    _store(total, bias, out, row, end, column, n, of_rows)
 
 
 @triton.jit
-def _store(total, bias, out, row, column, m, n):
+def _store(total, bias, out, row, end, column, n, of_rows):
     if bias is not None:
-        total += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
+        total += tl.load(bias + of_rows * n + column, mask=(column < n) & (of_rows >= 0), other=0.0)[None, :]
+    total = tl.where(of_rows >= 0, total, float("nan"))
     at = out + row.to(tl.int64)[:, None] * n + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
 
 
-@triton.jit
-def _quantise(x, codes, scales, x_stride, k, padded, PER_TOKEN: tl.constexpr, COLUMNS: tl.constexpr):
-    """codes = x / scale to the nearest whole number, half to even, with scale = max|x| / 127 of 32 columns or,
-    PER_TOKEN, of a row. Of a block with a NaN or infinity the codes are 0 and the scale is NaN. ``padded``: k rounded
-    up to 32."""
-    parts = 1 if PER_TOKEN else tl.cdiv(padded, COLUMNS)
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    start = tl.program_id(0) % parts * COLUMNS
-    column = tl.arange(0, COLUMNS)
-    block = tl.arange(0, COLUMNS // 32)
-    x += row * x_stride
-    codes += row * padded
-    if PER_TOKEN:
-        top = tl.zeros([COLUMNS], tl.float32)
-        for first in range(0, k, COLUMNS):
-            top = tl.maximum(top, _size(tl.load(x + first + column, mask=first + column < k, other=0.0)))
-        scale, good = _scale(tl.max(top, 0))
-        tl.store(scales + row, tl.where(good, scale, float("nan")))
-        for first in range(0, padded, COLUMNS):
-            value = tl.load(x + first + column, mask=first + column < k, other=0.0).to(tl.float32)
-            tl.store(codes + first + column, _code(value, scale, good), mask=first + column < padded)
-    else:
-        value = tl.load(x + start + column, mask=start + column < k, other=0.0).to(tl.float32)
-        value = tl.reshape(value, (COLUMNS // 32, 32))
-        scale, good = _scale(tl.max(_size(value), 1))
-        known = start + block * 32 < padded
-        tl.store(scales + row * (padded // 32) + start // 32 + block, tl.where(good, scale, float("nan")), mask=known)
-        code = tl.reshape(_code(value, scale[:, None], good[:, None]), (COLUMNS,))
-        tl.store(codes + start + column, code, mask=start + column < padded)
-
-
-@triton.jit
-def _size(x):
-    """|x| with infinity for NaN."""
-    size = tl.abs(x.to(tl.float32))
-    return tl.where(size < float("inf"), size, float("inf"))
-
-
-@triton.jit
-def _scale(top):
-    """(top / 127, whether it is finite)."""
-    scale = tl.math.div_rn(top, 127.0)
-    return scale, top < float("inf")
-
-
-@triton.jit
-def _code(x, scale, good):
-    ratio = tl.math.div_rn(x, tl.where(good & (scale > 0.0), scale, 1.0))
-    whole = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is behind the point is rounded away
-    return tl.where(good & (scale > 0.0), tl.minimum(tl.maximum(whole, -127.0), 127.0), 0.0).to(tl.int8)
-
-
-@triton.jit(do_not_specialize=["m", "groups"])
-def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_stride, code_stride, groups,
-                  BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+@triton.jit(do_not_specialize=["m", "groups", "count"])
+def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, sizes, m, n, k, x_stride, code_stride, weight_rows,
+                  groups, count, BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
                   PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   GROUPED: tl.constexpr):  # fmt: skip
-    first_m, first_n = _tile_of(m, n, BLOCK_M, BLOCK_N, GROUPED)
+    first_m, end, first_n, of_rows, columns = _tile_of(m, n, k, sizes, count, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    w_row = of_rows * n + column
     lane = tl.arange(0, 32)
     x_at = x + row.to(tl.int64)[:, None] * x_stride + lane[None, :]
-    w_at = codes + column.to(tl.int64)[:, None] * code_stride + lane[None, :]
+    w_at = codes + w_row.to(tl.int64)[:, None] * code_stride + lane[None, :]
     known = (column < n)[:, None]
     blocks = x_stride // 32
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, k, 64):
+    for first in range(0, columns, 64):
         low = tl.load(w_at + first * BITS // 8, mask=known, other=0)
         if BITS == 4:
             high = low >> 4
@@ -316,7 +300,7 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_str
             high = tl.load(w_at + first + 32, mask=known, other=0)
         for half in tl.static_range(2):
             at = first + 32 * half
-            inside = (row < m) & (at < x_stride)  # k may end before the second half
+            inside = (row < end) & (at < x_stride)  # k may end before the second half
             a = tl.load(x_at + at, mask=inside[:, None], other=0)
             x_scale = tl.load(x_scales + (row if PER_TOKEN else row * blocks + at // 32), mask=inside, other=0.0)
             code = ((low if half == 0 else high) - MIDDLE).to(tl.int8, bitcast=True)
@@ -325,7 +309,7 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_str
                 if GROUP == 16:
                     piece = tl.where((lane // 16 == part)[None, :], a, 0)
                 dot = tl.dot(piece, tl.trans(code))
-                group = _group(at + 16 * part, groups, GROUP) * n + column
+                group = _group(at + 16 * part, groups, GROUP) * weight_rows + w_row
                 w_scale = tl.load(scales + group, mask=column < n, other=0.0).to(tl.float32)
                 if OFFSET != "none":
                     sums = tl.sum(piece.to(tl.int32), 1)
@@ -336,4 +320,4 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, m, n, k, x_str
                     dot += sums[:, None] * MIDDLE
                     total += (sums.to(tl.float32) * x_scale)[:, None] * offset.to(tl.float32)[None, :]
                 total += dot.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    _store(total, bias, out, row, column, m, n)
+    _store(total, bias, out, row, end, column, n, of_rows)

@@ -199,17 +199,10 @@ def _linear_any(x, packed, bias, latent, columns, group_sizes, *spec_and_options
     *spec, activation, threshold, backend = spec_and_options
     if served_by(_OP, backend, x) != "triton":
         return _linear(x, packed, bias, latent, columns, group_sizes, *spec, activation, threshold)
-    if group_sizes is not None:
-        raise NotImplementedError(
-            "grouped_linear: has no GPU kernel; call quantized_linear for each group, or move the tensors to the CPU"
-        )
-    if threshold > 0 and activation.startswith("int8"):
-        raise NotImplementedError(
-            f"{_OP}: outlier_threshold with integer activations has no GPU kernel; supported is activation='bf16'"
-        )
     if columns is not None:
         x = x.index_select(-1, columns)
-    return twin("linear").linear(x, twin("weight").gpu_weight(packed, *spec), bias, activation)
+    weight = twin("weight").gpu_weight(packed, *spec)
+    return twin("linear").linear(x, weight, bias, activation, group_sizes, threshold)
 
 
 def _outputs(n: int, group_sizes: Tensor | None) -> int:
