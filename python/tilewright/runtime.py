@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 
 import torch
@@ -46,9 +47,17 @@ def info() -> dict[str, object]:
         "cpus_usable": _C.usable_cpus(),
         "threads": _C.get_num_threads(),
         "cuda": "not built",
-        "triton": "not built",
+        "triton": _triton(),
         "dlpack_c_exchange": _C.uses_dlpack(),
     }
+
+
+def _triton() -> str:
+    """Its version, without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _described(level: str) -> str:
