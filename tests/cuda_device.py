@@ -137,6 +137,33 @@ def module() -> Interpreted:
     return Interpreted()
 
 
+@contextmanager
+def serving() -> Iterator[list[Launch]]:
+    """Inside, public functions called with ``backend="cuda"`` take CPU tensors; torch.empty gives NaN, so that nothing
+    relies on old contents."""
+    from tilewright import cuda_kernels
+    from tilewright.ops import registry
+
+    changes = {
+        "missing": lambda device: "",
+        "extension": lambda: module().module,
+        "launch": lambda name, *arguments: getattr(module(), name)(*arguments),
+    }
+    before = {name: getattr(cuda_kernels, name) for name in changes}
+    registry.CUDA_DEVICES.add("cpu")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, change in changes.items():
+            setattr(cuda_kernels, name, change)
+        with module().watched() as launches:
+            yield launches
+    finally:
+        for name, function in before.items():
+            setattr(cuda_kernels, name, function)
+        torch.use_deterministic_algorithms(False)
+        registry.CUDA_DEVICES.discard("cpu")
+
+
 def reports(launches: Sequence[Launch]) -> dict[str, Report]:
     """Reports by kernel, added up."""
     found: dict[str, Report] = {}

@@ -16,8 +16,8 @@ from torch import Tensor
 import tilewright
 from tilewright.ops.linear import quantized_linear_reference, rounded_activations
 from tilewright.quant import QuantizedWeight
-from tilewright.quant.gpu_weight import GpuWeight, gpu_weight
 from tilewright.quant.weight import pack
+from tilewright.triton_kernels.weight import GpuWeight, gpu_weight
 
 pytestmark = needs_nvcc
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

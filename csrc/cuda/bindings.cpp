@@ -41,7 +41,7 @@ PYBIND11_MODULE(_cuda, m) {
       "use_device_type", [](int type) { gpu::device_type = type; },
       "For tests: DLPack's number of the devices whose tensors are taken.");
 
-  m.def("norm", [](int device, uintptr_t stream, const std::string& op, const TensorView& x,
+  m.def("norm", [](int device, uintptr_t stream, const TensorView& x, const std::string& op,
                    const TensorView& residual, const TensorView& weight, const TensorView& bias,
                    const TensorView& out, const TensorView& total, float eps, bool centred) {
     unlocked([&] {

@@ -47,7 +47,7 @@ void rope(Where where, const TensorView& q, const TensorView& k, const RopeInput
 void rope_append(Where where, const TensorView& q, const TensorView& k, const TensorView& v,
                  const RopeInputs& rope, const CacheInputs& caches, const TensorView& out);
 
-// A weight in the GPU's order (python/tilewright/quant/gpu_weight.py). offset: "none", "zero", "min".
+// A weight in the GPU's order (triton_kernels/weight.py). offset: "none", "zero", "min".
 struct GpuWeightInputs {
   const TensorView &codes, &scales, &offsets;
   int bits = 4, middle = 8;

@@ -76,11 +76,11 @@ void linear(Where where, const TensorView& x, const GpuWeightInputs& weight, con
     a.experts = static_cast<int>(group_sizes.dim(0));
     n /= a.experts;
   }
-  TW_EXPECT(out.ndim == 2 && out.dim(0) == x.dim(0) && out.dim(1) == n && out.dtype == x.dtype &&
+  TW_EXPECT(out.ndim == 2 && out.dim(0) == x.dim(0) && out.dim(1) == n && is_float_storage(out.dtype) &&
                 out.is_contiguous(),
             kOp,
             "out must be contiguous (" + std::to_string(x.dim(0)) + ", " + std::to_string(n) +
-                ") of x's dtype, got " + shape_of(out) + " " + name_of(out.dtype));
+                ") of float32, bfloat16 or float16, got " + shape_of(out) + " " + name_of(out.dtype));
   if (bias) {
     expect_here(kOp, "bias", bias);
     TW_EXPECT(bias.ndim == 1 && bias.dim(0) == weight.codes.dim(0) && bias.dtype == DType::f32 &&
@@ -93,7 +93,7 @@ void linear(Where where, const TensorView& x, const GpuWeightInputs& weight, con
   for (const int64_t size : {x.dim(0), n, weight.k})
     expect_countable(kOp, "rows or columns", size + (1 << 20));
   a.x = x.data, a.x_stride = x.stride(0), a.out = out.data;
-  a.type = a.out_type = type_of(x.dtype);
+  a.type = type_of(x.dtype), a.out_type = type_of(out.dtype);
   a.m = static_cast<int>(x.dim(0)), a.n = static_cast<int>(n), a.k = static_cast<int>(weight.k);
   if (x.dim(0) == 0 || n == 0) return;
   if (activation == "float") {

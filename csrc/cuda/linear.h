@@ -10,7 +10,7 @@ enum class Offset : int {
   min
 };  // w = scale * (code - middle), (code - zero), scale * code + min
 
-// The GPU's order of a weight (python/tilewright/quant/gpu_weight.py). codes: a row of w is code_stride
+// The GPU's order of a weight (triton_kernels/weight.py). codes: a row of w is code_stride
 // bytes, its columns padded to a multiple of 64; 8 bits: a byte a column; 4 bits: byte i of 32 bytes is
 // column i of 64 in its low nibble and column i + 32 in the high one. scales, offsets: (groups, rows of w).
 struct GpuWeight {
@@ -31,9 +31,9 @@ struct LinearArgs {
   int64_t x_stride = 0;
   GpuWeight w;
   const float* bias = nullptr;
-  void* out = nullptr;         // (m, n), contiguous
-  Type type = Type::bf16;      // of x
-  Type out_type = Type::bf16;  // differs from it for integer activations only
+  void* out = nullptr;     // (m, n), contiguous
+  Type type = Type::bf16;  // of x
+  Type out_type = Type::bf16;
   int m = 0, n = 0, k = 0;
   // A mixture of experts: the weight holds `experts` matrices of n rows each, and so many rows of x in turn
   // are multiplied by each. Rows beyond the sum become NaN.

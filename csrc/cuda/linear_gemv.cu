@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(32 * kWarps) gemv_kernel(const __grid_constant
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) sum += partial[w][r][output];
   if (a.bias) sum += a.bias[n];
-  static_cast<T*>(a.out)[int64_t{r} * a.n + n] = from_float<T>(sum);
+  store_float(a.out, a.out_type, int64_t{r} * a.n + n, sum);
 }
 
 template <class T, int BITS>

@@ -18,6 +18,20 @@ __device__ inline float load_float(const void* p, Type type, int64_t at) {
   }
 }
 
+__device__ inline void store_float(void* p, Type type, int64_t at, float x) {
+  switch (type) {
+    case Type::f32:
+      static_cast<float*>(p)[at] = x;
+      return;
+    case Type::bf16:
+      static_cast<bf16*>(p)[at] = from_float<bf16>(x);
+      return;
+    case Type::f16:
+      static_cast<f16*>(p)[at] = from_float<f16>(x);
+      return;
+  }
+}
+
 // What the columns of a group share: .x the scale, .y the zero point or minimum.
 __device__ inline float2 scale_at(const GpuWeight& w, int64_t rows, int64_t row, int column) {
   const int group = w.group ? min(column / w.group, w.groups - 1) : 0;
@@ -101,19 +115,8 @@ __device__ inline void store_outputs(const LinearArgs& a, const TileRows& rows, 
     if (both) high += a.bias[rows.weight + column + 1];
   }
   const int64_t at = int64_t{row} * a.n + column;
-  const auto store = [&](auto* out) {
-    using T = std::remove_pointer_t<decltype(out)>;
-    out[at] = from_float<T>(low);
-    if (both) out[at + 1] = from_float<T>(high);
-  };
-  switch (a.out_type) {
-    case Type::f32:
-      return store(static_cast<float*>(a.out));
-    case Type::bf16:
-      return store(static_cast<bf16*>(a.out));
-    case Type::f16:
-      return store(static_cast<f16*>(a.out));
-  }
+  store_float(a.out, a.out_type, at, low);
+  if (both) store_float(a.out, a.out_type, at + 1, high);
 }
 
 }  // namespace tw::cuda

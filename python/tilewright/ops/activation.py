@@ -79,8 +79,8 @@ def _act_mul_any(gate: Tensor, up: Tensor, activation: str, backend: str) -> Ten
         else:
             wide = gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none")
         return wide.to(gate.dtype).contiguous()
-    if server == "triton":
-        return twin("activation").act_mul(gate, up, activation)
+    if server != "cpu":
+        return twin(server, "activation").act_mul(gate, up, activation)
     return _act_mul_cpu(gate, up, activation)
 
 

@@ -298,9 +298,12 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 def _attention_any(*arguments):
     t, options, backend = Operands(*arguments[:14]), Options(*arguments[14:20]), arguments[20]
-    if _wide(t) or served_by(_OP, backend, t.q) == "cpu":
+    if _wide(t) or served_by(_OP, backend, t.q, cuda_lacks=_CUDA_LACKS) == "cpu":
         return _attention(t, options, True)
-    return twin("attention").attention(_for_kernel(t), options, True)
+    return twin("triton", "attention").attention(_for_kernel(t), options, True)
+
+
+_CUDA_LACKS = "the CUDA extension has no attention"
 
 
 def _wide(t: Operands) -> bool:
@@ -345,8 +348,8 @@ def _attention_backward_any(grad_out, grad_lse, *arguments):
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     out, lse = contiguous_last(out), lse.contiguous()
     empty = grad_out.new_empty(0)
-    if served_by(_OP, backend, t.q) == "triton":
-        grads = twin("attention_backward").attention_backward(
+    if (server := served_by(_OP, backend, t.q, cuda_lacks=_CUDA_LACKS)) != "cpu":
+        grads = twin(server, "attention_backward").attention_backward(
             grad_out, grad_lse, kernel, options, out, lse, needs_bias, needs_alibi
         )
         wanted = zip((t.q, t.k, t.v, t.bias, t.alibi, t.sinks), grads, strict=True)

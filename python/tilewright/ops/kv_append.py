@@ -118,7 +118,7 @@ def _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, se
         cache_k.copy_(out_k)
         cache_v.copy_(out_v)
         return
-    append = _C.kv_append if server == "cpu" else twin("kv_append").kv_append
+    append = _C.kv_append if server == "cpu" else twin(server, "kv_append").kv_append
     append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
     torch.autograd.graph.increment_version((cache_k, cache_v))  # a graph that saved them must notice
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tilewright import _C
 from tilewright.ops.registry import (
+    CUDA_DEVICES,
     check_backend,
     contiguous_last,
     direct,
@@ -197,12 +198,16 @@ def _linear(
 
 def _linear_any(x, packed, bias, latent, columns, group_sizes, *spec_and_options):
     *spec, activation, threshold, backend = spec_and_options
-    if served_by(_OP, backend, x) != "triton":
+    lacks = ""
+    if x.device.type in CUDA_DEVICES and backend in ("auto", "cuda"):
+        lacks = twin("cuda", "linear").linear_lacks(x, spec[2], activation, threshold)
+    server = served_by(_OP, backend, x, cuda_lacks=lacks)
+    if server not in ("cuda", "triton"):
         return _linear(x, packed, bias, latent, columns, group_sizes, *spec, activation, threshold)
     if columns is not None:
         x = x.index_select(-1, columns)
-    weight = twin("weight").gpu_weight(packed, *spec)
-    return twin("linear").linear(x, weight, bias, activation, group_sizes, threshold)
+    weight = twin("triton", "weight").gpu_weight(packed, *spec)
+    return twin(server, "linear").linear(x, weight, bias, activation, group_sizes, threshold)
 
 
 def _outputs(n: int, group_sizes: Tensor | None) -> int:

@@ -111,8 +111,8 @@ def _norm_any(x, residual, weight, bias, eps, centred, backend):
         record_reference(op)
         out, total = norm_reference(x, residual, weight, bias, eps, centred)
         out = out.to(x.dtype)
-    elif server == "triton":
-        out, total = twin("norm").norm(x, residual, weight, bias, eps, centred)
+    elif server != "cpu":
+        out, total = twin(server, "norm").norm(x, residual, weight, bias, eps, centred)
     else:
         out, total = _norm(x, residual, weight, bias, eps, centred)
     # The dispatcher wants two tensors, and neither may alias an input.

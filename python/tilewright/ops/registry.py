@@ -22,7 +22,8 @@ from tilewright import _C
 _library = torch.library.Library("tilewright", "DEF")
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
-# Where Triton's kernels run: torch calls AMD's GPUs "cuda" too.
+# Where the CUDA extension's and Triton's kernels run: torch calls AMD's GPUs "cuda" too.
+CUDA_DEVICES = {"cuda"}
 TRITON_DEVICES = {"cuda"}
 
 
@@ -69,10 +70,15 @@ def direct(*tensors: Tensor | None) -> bool:
     return False
 
 
+def record(op: str, implementation: str) -> None:
+    """Note for `last_impl` that "reference", "cuda" or "triton" served ``op``."""
+    if not torch.compiler.is_compiling():
+        _C.record(op, implementation)
+
+
 def record_reference(op: str) -> None:
     """Note for `last_impl` that the reference served ``op``."""
-    if not torch.compiler.is_compiling():
-        _C.record(op, "reference")
+    record(op, "reference")
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> None:
@@ -89,17 +95,28 @@ def check_backend(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def served_by(op: str, backend: str, t: Tensor) -> str:
-    """What serves a call with ``t``: "cpu", "triton", or "reference", which has all of float64. Raises
-    NotImplementedError where nothing does, or not what ``backend`` names."""
+def served_by(op: str, backend: str, t: Tensor, *, cuda_lacks: str = "", triton_lacks: str = "") -> str:
+    """What serves a call with ``t``: "cpu", "cuda", "triton", or "reference", which has all of float64. A GPU's tensor
+    goes to the CUDA extension if that was built for its architecture, else to Triton. ``cuda_lacks`` and
+    ``triton_lacks`` say why one of them cannot. Raises NotImplementedError where nothing serves the call, or not what
+    ``backend`` names."""
     if backend == "reference" or t.dtype is torch.float64:
         return "reference"
     if backend == "auto" and t.is_cpu:
         return "cpu"
     device = t.device.type
-    if backend == "cuda":
-        raise NotImplementedError(f"{op}: backend='cuda' is not built; supported: reference, cpu, triton")
+    without_cuda = ""
+    if backend in ("auto", "cuda"):
+        without_cuda = _without_cuda(t) or cuda_lacks
+        if not without_cuda:
+            record(op, "cuda")
+            return "cuda"
+        if backend == "cuda":
+            raise NotImplementedError(f"{op}: backend='cuda': {without_cuda}")
     if backend == "triton" or (backend == "auto" and device != "cpu"):
+        if triton_lacks:
+            also = f"; {without_cuda}" if without_cuda else ""
+            raise NotImplementedError(f"{op}: {triton_lacks}{also}; supported on the CPU: reference, cpu")
         if device not in TRITON_DEVICES:
             raise NotImplementedError(
                 f"{op}: the Triton kernels need tensors on a GPU, got {t.device}; move them there (supported on the "
@@ -107,20 +124,26 @@ def served_by(op: str, backend: str, t: Tensor) -> str:
             )
         if importlib.util.find_spec("triton") is None:
             raise NotImplementedError(
-                f"{op}: tensors on {t.device} need Triton, which is not installed (pip install triton); without it "
-                "supported are tensors on the CPU"
+                f"{op}: tensors on {t.device} need Triton, which is not installed (pip install triton)"
+                f"{f', because {without_cuda}' if without_cuda else ''}; without it supported are tensors on the CPU"
             )
-        if not torch.compiler.is_compiling():
-            _C.record(op, "triton")
+        record(op, "triton")
         return "triton"
     if device != "cpu":
         raise NotImplementedError(f"{op}: backend={backend!r} needs CPU tensors, got {t.device}; move them there")
     return "cpu"
 
 
-def twin(module: str) -> ModuleType:
-    """A module of `tilewright.triton_kernels`, imported on first use: it imports triton."""
-    return importlib.import_module(f"tilewright.triton_kernels.{module}")
+def _without_cuda(t: Tensor) -> str:
+    """Why the CUDA extension does not serve ``t``; empty if it does."""
+    if t.device.type not in CUDA_DEVICES:
+        return f"the CUDA kernels need tensors on a GPU, got {t.device}; move them there (on the CPU: reference, cpu)"
+    return importlib.import_module("tilewright.cuda_kernels").missing(t.device)
+
+
+def twin(server: str, module: str) -> ModuleType:
+    """Where `served_by`'s "cuda" and "triton" have the op of this module; imported on first use, with triton."""
+    return importlib.import_module("tilewright." + ("cuda_kernels" if server == "cuda" else f"triton_kernels.{module}"))
 
 
 def contiguous_last(t: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def _rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim,
     elif server == "cpu":
         _C.rope(q, k, cos, sin, positions, out_q, out_k, interleaved, rotary_dim)
     else:
-        twin("rope").rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim)
+        twin(server, "rope").rope_into(out_q, out_k, q, k, cos, sin, positions, interleaved, rotary_dim)
 
 
 def _by_backend(kernel: Callable) -> Callable:

@@ -21,7 +21,7 @@ def weight_rows(index: Tensor, packed: Tensor, spec: tuple[int, int, int, int, i
 
 def _rows(index, packed, n, k, codes, group_size, offset, scale):
     if not packed.is_cpu:
-        return twin("weight").gpu_weight(packed, n, k, codes, group_size, offset, scale).rows(index)
+        return twin("triton", "weight").gpu_weight(packed, n, k, codes, group_size, offset, scale).rows(index)
     out = torch.empty(index.shape[0], k, dtype=torch.float32, device="cpu")
     _C.weight_rows(index, packed, n, k, codes, group_size, offset, scale, out)
     return out
