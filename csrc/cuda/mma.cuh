@@ -6,19 +6,10 @@
 //   column g) of one byte, 16 x 32 and 32 x 8: the same with 4t, 4t + 16 and four elements a register
 // So what a product leaves in c becomes, rounded, the a of the next one without moving between lanes.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "convert.cuh"
+#include "memory.cuh"
 
 namespace tw::cuda {
-
-using bf16 = __nv_bfloat16;
-using f16 = __half;
-
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // c += a b with fp32 accumulators. T: bf16 or f16.
 template <class T>
@@ -75,22 +66,6 @@ __device__ inline int swizzled(int row, int column) {
                                             : 2;  // rows that lie apart by themselves
   constexpr int kMask = kPieces % 8 == 0 ? 7 : kPieces % 4 == 0 ? 3 : 1;
   return row * kWidth + ((column / 8) ^ ((row >> kShift) & kMask)) * 8;
-}
-
-// Two floats rounded to nearest even; the first one in the low half.
-template <class T>
-__device__ inline uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<bf16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <>
-__device__ inline uint32_t pack<f16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
 }
 
 }  // namespace tw::cuda

@@ -1,0 +1,56 @@
+"""Attention on the CUDA kernels, executed through their PTX, and what its tests compare it with."""
+
+from __future__ import annotations
+
+import math
+
+import cuda_device
+import torch
+from cases import AttentionCase, attention_inputs, naive_attention
+from compare import assert_close
+from torch import Tensor
+
+from tilewright.ops.attention_reference import CAUSAL, Operands, Options, attention_reference
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def attention(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the kernels. What they leave as it is, is NaN."""
+    cuda = cuda_device.module()
+    out = torch.full((*t.q.shape[:3], t.v.shape[3]), math.nan, dtype=t.q.dtype)
+    lse = torch.full(t.q.shape[:3], math.nan)
+    size = cuda.module.attention_workspace(0, t.q, t.k, t.v, t.q_start, t.q_end, t.k_batch, t.block_table)
+    workspace = torch.full((size // 4,), math.nan)
+    cuda.attention(*t, *options, out, lse, workspace)
+    return out, lse
+
+
+def operands_of(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Operands, Options]:
+    """A call of `tilewright.attention` as the kernels see it."""
+    q, k, v = tensors
+    mask, bias = options.get("mask"), options.get("bias")
+    if mask is not None and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    alibi, sinks = options.get("alibi_slopes"), options.get("sinks")
+    left, right = options.get("window") or (-1, -1)
+    scale = options.get("scale")
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
+    causal = CAUSAL.index(options.get("causal"))
+    numbers = Options(scale, options.get("softcap") or 0.0, causal, left, right, options.get("dropout_p", 0.0))
+    return Operands(q, k, v, mask, bias, alibi, sinks, seed=options.get("seed")), numbers
+
+
+def check(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Tensor, Tensor]:
+    """The kernels keep the error rule."""
+    dtype = tensors[0].dtype
+    out, lse = attention(*operands_of(tensors, options))
+    ref, ref_lse = attention_reference(*tensors, **options)
+    naive, naive_lse = naive_attention(*tensors, **options)
+    assert_close(out, ref, naive, dtype)
+    assert_close(lse.to(dtype), ref_lse, naive_lse, dtype)
+    return out, lse
+
+
+def run(case: AttentionCase, dtype: torch.dtype) -> None:
+    check(*attention_inputs(case, dtype))
