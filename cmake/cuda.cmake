@@ -33,7 +33,12 @@ find_package(CUDAToolkit REQUIRED)
 add_library(cuda_kernels OBJECT
   csrc/cuda/act_mul.cu
   csrc/cuda/attention.cu
+  csrc/cuda/attention_backward.cu
+  csrc/cuda/attention_decode.cu
   csrc/cuda/attention_forward.cu
+  csrc/cuda/attention_grad_bias.cu
+  csrc/cuda/attention_grad_keys.cu
+  csrc/cuda/attention_grad_queries.cu
   csrc/cuda/norm.cu
   csrc/cuda/rope.cu
 )

@@ -10,6 +10,7 @@ from cases import AttentionCase, attention_inputs, naive_attention
 from compare import assert_close
 from torch import Tensor
 
+from tilewright import QuantizedKV
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options, attention_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,3 +55,22 @@ def check(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Tensor
 
 def run(case: AttentionCase, dtype: torch.dtype) -> None:
     check(*attention_inputs(case, dtype))
+
+
+def attention_quantized(q: Tensor, kv: QuantizedKV, t: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    cuda = cuda_device.module()
+    out, lse = torch.full_like(q, math.nan, memory_format=torch.contiguous_format), torch.full(q.shape[:3], math.nan)
+    cache = (*kv.tensors(), *kv.spec())
+    workspace = torch.full((cuda.module.attention_quantized_workspace(0, q, *cache) // 4,), math.nan)
+    extras = (t.mask, t.bias, t.alibi, t.sinks, t.seed)
+    cuda.attention_quantized(q, *cache, *extras, *options, out, lse, workspace)
+    return out, lse
+
+
+def check_quantized(q: Tensor, kv: QuantizedKV, **options: object) -> None:
+    k, v = kv.dequantize()
+    out, lse = attention_quantized(q, kv, *operands_of((q, k, v), options))
+    ref, ref_lse = attention_reference(q, k, v, **options)
+    naive, naive_lse = naive_attention(q, k.to(q.dtype), v.to(q.dtype), **options)
+    assert_close(out, ref, naive, q.dtype)
+    assert_close(lse.to(q.dtype), ref_lse, naive_lse, q.dtype)

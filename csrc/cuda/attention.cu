@@ -65,7 +65,9 @@ cudaError_t attention_forward(const AttentionArgs& args, void* workspace, int mu
   if (args.batch == 0 || args.heads == 0 || args.seq_q == 0 || (args.v_dim == 0 && !args.lse))
     return cudaSuccess;
   const AttentionLaunch a = prepared(args, workspace, multiprocessors);
-  return attention_prefill(a, stream);
+  const bool few =
+      a.seq_q * a.group <= kFewRows && !a.q_start && a.aligned && a.head_dim % 8 == 0 && a.v_dim % 8 == 0;
+  return few || a.kv.k_codes ? attention_decode(a, stream) : attention_prefill(a, stream);
 }
 
 }  // namespace tw::cuda

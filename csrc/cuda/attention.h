@@ -19,8 +19,20 @@ struct AttentionScores {  // broadcast to (batch, heads, seq_q, seq_k) by zero s
 };
 enum class CausalMask : uint8_t { none, top_left, bottom_right };
 
+// A quantised KV cache, as csrc/cpu/quantised_kv.h lays it out. Every sequence reads its own slots, of
+// head_dim channels; with 4 bits, groups of tokens and of channels are multiples of 32.
+struct QuantisedKvArgs {
+  const uint8_t *k_codes = nullptr, *v_codes = nullptr;  // null: the call has k and v
+  const void *k_scales = nullptr, *v_scales = nullptr;
+  const void *k_tail = nullptr, *v_tail = nullptr;
+  const int64_t* counts = nullptr;  // int64 (2): tokens in all, and as codes; the others are rows of the tail
+  int64_t tail_rows = 0, group = 32, score_keys = -1;  // score_keys: how many keys mask and bias have
+  int bits = 8;
+};
+
 struct AttentionArgs {
   Heads q, k, v, out;      // pages: k and v are (pages, kv_heads, page_size, dim)
+  QuantisedKvArgs kv;      // in place of k and v; capacity is its max_len
   float* lse = nullptr;    // contiguous (q's batch, heads, seq_q), or null
   Type type = Type::bf16;  // of q, k, v and out: bf16 or f16
   // batch: sequences. capacity: keys that a row of k and v, or of the block table, has room for; k_rows: how
@@ -46,22 +58,24 @@ struct AttentionArgs {
   const int64_t* seed = nullptr;  // one number
 };
 
-// A quantised KV cache, as csrc/cpu/quantised_kv.h lays it out. length: tokens, of which [quantised, length)
-// are bf16 rows. k and v of the call are absent; every sequence reads its own slots.
-struct QuantisedKvArgs {
-  const uint8_t *k_codes = nullptr, *v_codes = nullptr;
-  const void *k_scales = nullptr, *v_scales = nullptr;
-  const void *k_tail = nullptr, *v_tail = nullptr;
-  int64_t max_len = 0, tail_rows = 0;
-  const int64_t* counts = nullptr;  // int64 (2): length and quantised
-  int bits = 8;
-  int64_t group = 32;
-};
-
 // Bytes of workspace that `attention_forward` wants on a device with so many multiprocessors.
 int64_t attention_forward_workspace_bytes(const AttentionArgs& args, int multiprocessors);
 // cudaErrorInvalidValue: a head_dim above 256, or sizes of 2^31 and more.
 cudaError_t attention_forward(const AttentionArgs& args, void* workspace, int multiprocessors,
                               cudaStream_t stream);
+
+// The gradient of `attention_forward`, with its out and lse. No atomics: every sum has one order.
+struct AttentionGradArgs : AttentionArgs {
+  Heads grad_out, grad_q, grad_k,
+      grad_v;                       // as out, q, k and v; rows and keys of no sequence are left as they are
+  const float* grad_lse = nullptr;  // as lse, or null
+  float* delta = nullptr;           // as lse, overwritten: the sum of grad_out * out, less grad_lse
+  // What is not asked for is null. slopes: as lse, overwritten, wanted with grad_alibi. grad_bias:
+  // contiguous, of the bias's own sizes, which are 1 or the call's.
+  float *slopes = nullptr, *grad_alibi = nullptr, *grad_sinks = nullptr, *grad_bias = nullptr;
+  int64_t bias_sizes[4] = {};
+};
+// cudaErrorInvalidValue also for pages, rows of k and v by index (k_batch) and quantised caches.
+cudaError_t attention_backward(const AttentionGradArgs& args, cudaStream_t stream);
 
 }  // namespace tw::cuda

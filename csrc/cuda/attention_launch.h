@@ -70,7 +70,8 @@ inline bool is_valid(const AttentionArgs& a) {
 }
 
 cudaError_t attention_prefill(const AttentionLaunch& args, cudaStream_t stream);
-// For at most kFewRows rows of a KV head, with aligned operands and sizes that are multiples of 8.
+// For few rows of a KV head (any number with codes), without packed queries; k and v that are no codes are
+// aligned, and their sizes multiples of 8.
 cudaError_t attention_decode(const AttentionLaunch& args, cudaStream_t stream);
 // Rows from what the splits left.
 cudaError_t attention_merge(const AttentionLaunch& args, cudaStream_t stream);

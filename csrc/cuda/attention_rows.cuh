@@ -53,8 +53,10 @@ __device__ inline Sequence sequence_of(const AttentionArgs& a, int b) {
   s.q_first = static_cast<int>(first), s.count = static_cast<int>(last - first);
   if (a.k_start) begin = a.k_start[b];
   if (a.k_end) end = a.k_end[b];
+  if (a.kv.counts) end = a.kv.counts[0];
   int64_t row = a.k_batch ? a.k_batch[b] : a.packed_keys ? 0 : b;
-  s.known = begin >= 0 && begin <= end && end <= a.capacity && row >= 0 && row < a.k_rows;
+  s.known = begin >= 0 && begin <= end && end <= a.capacity && row >= 0 && row < a.k_rows &&
+            (a.kv.score_keys < 0 || a.kv.score_keys == end);
   if (!s.known) begin = end = row = 0;
   s.k_row = static_cast<int>(row), s.k_begin = static_cast<int>(begin),
   s.keys = static_cast<int>(end - begin);

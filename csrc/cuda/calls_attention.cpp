@@ -160,6 +160,59 @@ void read_results(const AttentionInputs& in, const TensorView& out, const Tensor
   a.lse = lse.as<float>();
 }
 
+AttentionArgs call_of(const AttentionInputs& in, const QuantisedKvInputs& kv,
+                      const AttentionOptions& options) {
+  AttentionArgs a = queries(in, options);
+  TW_EXPECT(kv.bits == 8 || kv.bits == 4, kOp,
+            "a QuantizedKV has 8 or 4 bits, got " + std::to_string(kv.bits));
+  TW_EXPECT(kv.group_size > 0 && kv.group_size % 32 == 0 && kv.residual >= 0 && kv.max_len >= 0, kOp,
+            "a QuantizedKV's group_size must be a multiple of 32, residual and max_len at least 0");
+  TW_EXPECT(kv.k_codes.ndim == 6 && kv.k_codes.dim(0) == a.batch && kv.head_dim == a.head_dim, kOp,
+            "q " + shape_of(in.q) + " must have the batch and head_dim of the QuantizedKV, " +
+                shape_of(kv.k_codes) + " and " + std::to_string(kv.head_dim));
+  const int64_t batch = a.batch, heads = kv.k_codes.dim(1), dim = kv.head_dim;
+  const int64_t slots = batch * heads, tiles = (kv.max_len + 63) / 64, step = kv.bits * 16;
+  const bool nibbles = kv.bits == 4;
+  const int64_t groups = (kv.max_len + kv.group_size - 1) / kv.group_size;
+  const int64_t channels = (dim + kv.group_size - 1) / kv.group_size;
+  const int64_t tail_rows = nibbles ? kv.residual + kv.group_size - 1 : 0;
+  const auto pointer = [&](const char* name, const TensorView& t, DType dtype, int64_t elements) {
+    expect_here(kOp, name, t);
+    TW_EXPECT(t.dtype == dtype && t.is_contiguous() && t.numel() == elements &&
+                  reinterpret_cast<uintptr_t>(t.data) % 16 == 0,
+              kOp,
+              std::string(name) + " of the QuantizedKV must be contiguous " + name_of(dtype) + " with " +
+                  std::to_string(elements) + " elements, got " + name_of(t.dtype) + " " + shape_of(t));
+    return t.data;
+  };
+  const DType scales = nibbles ? DType::bf16 : DType::f32;
+  a.kv.k_codes = static_cast<uint8_t*>(
+      pointer("k_codes", kv.k_codes, DType::u8, slots * tiles * 2 * ((dim + 3) / 4) * step));
+  a.kv.v_codes = static_cast<uint8_t*>(
+      pointer("v_codes", kv.v_codes, DType::u8, slots * tiles * ((dim + 31) / 32) * 16 * step));
+  a.kv.k_scales = pointer("k_scales", kv.k_scales, scales,
+                          nibbles ? slots * groups * 2 * ((dim + 15) / 16 * 16) : slots * tiles * 64);
+  a.kv.v_scales =
+      pointer("v_scales", kv.v_scales, scales, nibbles ? slots * tiles * channels * 128 : slots * tiles * 64);
+  a.kv.k_tail = pointer("k_tail", kv.k_tail, DType::bf16, slots * tail_rows * dim);
+  a.kv.v_tail = pointer("v_tail", kv.v_tail, DType::bf16, slots * tail_rows * dim);
+  a.kv.counts = static_cast<int64_t*>(pointer("counts", kv.counts, DType::i64, 2));
+  a.kv.tail_rows = tail_rows, a.kv.group = kv.group_size, a.kv.bits = kv.bits;
+  a.kv_heads = heads, a.v_dim = dim, a.capacity = kv.max_len, a.k_rows = batch;
+  // As many keys as the mask and the bias say: the kernels compare it with the tokens that there are.
+  int64_t& keys = a.kv.score_keys;
+  for (const TensorView* t : {&in.mask, &in.bias})
+    if (*t && t->ndim > 0 && t->dim(-1) != 1) {
+      TW_EXPECT(keys < 0 || keys == t->dim(-1), kOp, "mask and bias must have one number of keys");
+      keys = t->dim(-1);
+    }
+  a.capacity = keys < 0 ? a.capacity : keys;
+  read_scores(in, a);
+  a.capacity = kv.max_len;
+  expect_supported(a);
+  return a;
+}
+
 int multiprocessors(int device) {
   int count = 0;
   const cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
@@ -179,6 +232,13 @@ void check(cudaError_t e) {
   if (e != cudaSuccess) throw std::runtime_error(std::string("attention: CUDA: ") + cudaGetErrorString(e));
 }
 
+void run(Where where, const AttentionArgs& a, const TensorView& workspace) {
+  const int count = multiprocessors(where.device);
+  expect_workspace(workspace, tw::cuda::attention_forward_workspace_bytes(a, count));
+  const DeviceGuard guard(where.device);
+  check(tw::cuda::attention_forward(a, workspace.data, count, where.stream));
+}
+
 }  // namespace
 
 int64_t attention_workspace(int device, const AttentionInputs& in) {
@@ -189,10 +249,67 @@ void attention(Where where, const AttentionInputs& in, const AttentionOptions& o
                const TensorView& lse, const TensorView& workspace) {
   AttentionArgs a = call_of(in, options);
   read_results(in, out, lse, a);
-  const int count = multiprocessors(where.device);
-  expect_workspace(workspace, tw::cuda::attention_forward_workspace_bytes(a, count));
+  run(where, a, workspace);
+}
+
+int64_t attention_quantised_workspace(int device, const TensorView& q, const QuantisedKvInputs& kv) {
+  const TensorView none;
+  const AttentionInputs in = {q,    none, none, none, none, none, none,
+                              none, none, none, none, none, none, none};
+  return tw::cuda::attention_forward_workspace_bytes(call_of(in, kv, {}), multiprocessors(device));
+}
+
+void attention_quantised(Where where, const AttentionInputs& in, const QuantisedKvInputs& kv,
+                         const AttentionOptions& options, const TensorView& out, const TensorView& lse,
+                         const TensorView& workspace) {
+  AttentionArgs a = call_of(in, kv, options);
+  read_results(in, out, lse, a);
+  run(where, a, workspace);
+}
+
+void attention_backward(Where where, const AttentionInputs& in, const AttentionOptions& options,
+                        const AttentionGradients& grads, const TensorView& slopes) {
+  if (in.block_table || in.k_batch)
+    throw NotSupported("attention: paged and indexed caches have no gradient");
+  tw::cuda::AttentionGradArgs a;
+  static_cast<AttentionArgs&>(a) = call_of(in, options);
+  read_results(in, grads.out, grads.lse, a);
+  const auto like = [&](const char* name, const TensorView& t, const TensorView& of) {
+    const tw::cuda::Heads h = operand(name, t, in.q.dtype);
+    TW_EXPECT(same_shape(t, of), kOp,
+              std::string(name) + " must be " + shape_of(of) + ", got " + shape_of(t));
+    return h;
+  };
+  a.grad_out = like("grad_out", grads.grad_out, grads.out);
+  a.grad_q = like("grad_q", grads.grad_q, in.q);
+  a.grad_k = like("grad_k", grads.grad_k, in.k), a.grad_v = like("grad_v", grads.grad_v, in.v);
+  const auto statistic = [&](const char* name, const TensorView& t) -> float* {
+    if (!t) return nullptr;
+    expect_here(kOp, name, t);
+    TW_EXPECT(t.dtype == DType::f32 && t.is_contiguous() && same_shape(t, grads.lse), kOp,
+              std::string(name) + " must be contiguous float32 like lse, got " + shape_of(t));
+    return t.as<float>();
+  };
+  TW_EXPECT(grads.lse && grads.delta, kOp, "the gradient needs lse and delta");
+  a.grad_lse = statistic("grad_lse", grads.grad_lse), a.delta = statistic("delta", grads.delta);
+  const auto summed = [&](const char* name, const TensorView& t, const TensorView& of) -> float* {
+    if (!t) return nullptr;
+    expect_here(kOp, name, t);
+    TW_EXPECT(
+        of && t.dtype == DType::f32 && t.is_contiguous() && same_shape(t, of), kOp,
+        std::string(name) + " must be contiguous float32 of shape " + shape_of(of) + ", got " + shape_of(t));
+    return t.as<float>();
+  };
+  a.grad_alibi = summed("grad_alibi", grads.grad_alibi, in.alibi);
+  a.grad_sinks = summed("grad_sinks", grads.grad_sinks, in.sinks);
+  a.grad_bias = summed("grad_bias", grads.grad_bias, in.bias);
+  if (a.grad_alibi) {
+    TW_EXPECT(bool(slopes), kOp, "the gradient of alibi_slopes needs memory for slopes");
+    a.slopes = statistic("slopes", slopes);
+  }
+  for (int i = 0; i < 4; ++i) a.bias_sizes[i] = i < 4 - in.bias.ndim ? 1 : in.bias.dim(i - 4);
   const DeviceGuard guard(where.device);
-  check(tw::cuda::attention_forward(a, workspace.data, count, where.stream));
+  check(tw::cuda::attention_backward(a, where.stream));
 }
 
 }  // namespace tilewright::cuda
