@@ -6,7 +6,7 @@ import math
 
 import cuda_device
 import torch
-from cases import AttentionCase, attention_inputs, naive_attention
+from cases import AttentionCase, attention_inputs, naive_attention, seeded
 from compare import assert_close
 from torch import Tensor
 
@@ -74,3 +74,45 @@ def check_quantized(q: Tensor, kv: QuantizedKV, **options: object) -> None:
     naive, naive_lse = naive_attention(q, k.to(q.dtype), v.to(q.dtype), **options)
     assert_close(out, ref, naive, q.dtype)
     assert_close(lse.to(q.dtype), ref_lse, naive_lse, q.dtype)
+
+
+def gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, and float32 ones of bias, alibi and sinks, where they are."""
+    cuda = cuda_device.module()
+    out, lse = attention(t, options)
+    if t.q_start is not None:  # rows of no sequence
+        lse = lse.nan_to_num(0.0, neginf=-math.inf)
+    ragged = t.q_start is not None
+    like = torch.zeros_like if ragged else lambda x: torch.full_like(x, math.nan)
+    grads = [like(x.contiguous()) for x in (t.q, t.k, t.v)]
+    extra = [None if x is None else torch.full(x.shape, math.nan) for x in (t.bias, t.alibi, t.sinks)]
+    delta, slopes = (torch.full_like(lse, math.nan) for _ in range(2))
+    cuda.attention_backward(*t, *options, out, lse, grad_out, grad_lse, delta, *grads, *extra, slopes)
+    return *grads, *extra
+
+
+def rand(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(name)).to(dtype)
+
+
+def whole(*numbers: int) -> Tensor:
+    return torch.tensor(numbers)
+
+
+def packed(dtype: torch.dtype, group: int = 3) -> Operands:
+    """Five sequences, one without queries, one without keys, one with more queries than keys, and rows of none."""
+    return Operands(
+        rand("q", 1, 2 * group, 130, 40, dtype=dtype), rand("k", 1, 2, 200, 40, dtype=dtype),
+        rand("v", 1, 2, 200, 24, dtype=dtype), q_start=whole(0, 1, 40, 40, 60), q_end=whole(1, 40, 40, 60, 125),
+        k_start=whole(0, 30, 60, 100, 100), k_end=whole(30, 60, 100, 100, 198),
+    )  # fmt: skip
+
+
+def paged(dtype: torch.dtype, seq_q: int, page_size: int) -> Operands:
+    table = torch.randint(0, 70, (3, -(-700 // page_size)), generator=seeded("table"), dtype=torch.int32)
+    table[1, 1:] = 1 << 30  # beyond the sequence anything may stand there
+    return Operands(
+        rand("q", 3, 6, seq_q, 64, dtype=dtype), rand("k", 70, 2, page_size, 64, dtype=dtype),
+        rand("v", 70, 2, page_size, 64, dtype=dtype), k_start=whole(2, 0, 17), k_end=whole(300, 1, 690),
+        block_table=table,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const q_tile = shared, *const g_tile = q_tile + kRows * kDim,
                   *const k_tile = g_tile + kRows * kDim, *const v_tile = k_tile + kKeys * kDim;
+  __shared__ GradientRow infos[kRows];
   const int sizes[4] = {int(a.bias_sizes[0]), int(a.bias_sizes[1]), int(a.bias_sizes[2]),
                         int(a.bias_sizes[3])};
   const int tiles_n = (sizes[3] + kKeys - 1) / kKeys, tiles_m = (sizes[2] + kRows - 1) / kRows;
@@ -52,12 +53,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
         };
         load(q_tile, a.q, int(a.head_dim));
         load(g_tile, a.grad_out, int(a.v_dim));
-        GradientRow own[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int query = query0 + warp * 16 + half * 8 + g;
-          own[half] = gradient_row<true>(a, s, kv_head, row_at(min(query, s.count - 1)), rows);
-          if (query >= s.count) own[half].seen.end = 0;
+        if (threadIdx.x < kRows) {
+          const int query = query0 + threadIdx.x;
+          GradientRow& row = infos[threadIdx.x];
+          row = gradient_row<true>(a, s, kv_head, row_at(min(query, s.count - 1)), rows);
+          if (query >= s.count) row.seen.end = 0;
         }
         for (int column = columns.first; column < columns.end; column += kKeys) {
           const int key0 = column - s.k_begin;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
           for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const GradientRow& row = own[e / 2];
+              const GradientRow& row = infos[warp * 16 + g + e / 2 * 8];
               const int key = key0 + i * 8 + 2 * t + e % 2;
               total[i][e] += score_gradient<true>(a, row, p[0][i][e], ds[0][i][e], key,
                                                   key >= row.seen.first && key < row.seen.end)
