@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import cuda_device
 import pytest
 import torch
 from cases import AttentionCase
-from cuda_attention import BF16, FP16, run
+from compare import assert_same_bits
+from cuda_attention import BF16, FP16, attention, check, packed, paged, rand, run, whole
 from ptx.compilers import needs_nvcc
+from torch import Tensor
+
+from tilewright.ops.attention_reference import Operands, Options, reference
 
 pytestmark = needs_nvcc
 Case = AttentionCase
@@ -71,3 +79,135 @@ FEATURES = [
 @pytest.mark.parametrize(("case", "dtype"), SHAPES + DECODE + FEATURES, ids=str)
 def test_error_rule(case: AttentionCase, dtype: torch.dtype) -> None:
     run(case, dtype)
+
+
+RESIDUES = range(64) if cuda_device.SWEEP else (0, 1, 15, 33, 63)
+
+
+@pytest.mark.parametrize("residue", RESIDUES)
+def test_every_residue_of_the_length(residue: int) -> None:
+    prefill = Case(f"prefill_{residue}", 25, 128 + residue, 64, heads=3, kv_heads=1, causal=BOTTOM)
+    run(prefill, BF16)
+    run(replace(prefill, name=f"decode_{residue}", seq_q=1, seq_k=512 + residue), BF16)
+    run(replace(prefill, name=f"rows_{residue}", seq_q=22 + residue, seq_k=130, heads=3), BF16)
+
+
+# --- sequences that are packed, paged or padded ---
+
+
+def dense(d: torch.dtype, batch: int, seq_q: int, seq_k: int, keys: int | None = None, **more: Tensor) -> Operands:
+    k, v = (rand(n, keys or batch, 2, seq_k, 64, dtype=d) for n in "kv")
+    return Operands(rand("q", batch, 6, seq_q, 64, dtype=d), k, v, **more)
+
+
+CALLS = {
+    "packed": (lambda d: packed(d), Options(0.2, 0.0, 2)),
+    "packed window": (
+        lambda d: packed(d)._replace(alibi=rand("a", 5, 6).abs(), sinks=rand("s", 6)), Options(0.2, 0.0, 2, 9),
+    ),
+    "packed dropout": (lambda d: packed(d, 1)._replace(seed=whole(-7)), Options(0.2, 0.0, 0, -1, -1, 0.3)),
+    "packed, a row of keys each": (
+        lambda d: packed(d)._replace(k=rand("k", 5, 2, 50, 40, dtype=d), v=rand("v", 5, 2, 50, 24, dtype=d),
+                                     k_start=whole(0, 3, 31, 31, 0), k_end=whole(30, 31, 31, 50, 50)),
+        Options(0.2, 3.0, 1),
+    ),
+    "paged decode": (lambda d: paged(d, 1, 16), Options(0.2, 0.0, 2)),
+    "paged decode, odd pages": (lambda d: paged(d, 2, 7)._replace(k_batch=whole(0, 0, 2)), Options(0.2, 0.0, 2, 100)),
+    "paged prefill": (lambda d: paged(d, 40, 16), Options(0.2, 0.0, 2)),
+    "padded decode": (lambda d: dense(d, 3, 1, 600, k_start=whole(5, 0, 599), k_end=whole(600, 300, 599)),
+                      Options(0.2, 0.0, 2, 280)),
+    "padded, rows by index": (
+        lambda d: dense(d, 3, 30, 200, 2, k_start=whole(5, 0, 0), k_end=whole(200, 0, 77), k_batch=whole(1, 0, 1)),
+        Options(0.2, 0.0, 2),
+    ),
+    "dropout": (lambda d: dense(d, 2, 30, 90, seed=whole(77)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "dropout decode": (lambda d: dense(d, 2, 2, 600, seed=whole(-3)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "dropout of all": (lambda d: dense(d, 1, 30, 70, seed=whole(1)), Options(0.2, 0.0, 2, -1, -1, 1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sequences(name: str) -> None:
+    """Against float64, with a tolerance of fp16's rounding of results and weights."""
+    make, options = CALLS[name]
+    t = make(FP16)
+    out, lse = attention(t, options)
+    ref, ref_lse = reference(t, options)
+    if t.q_start is not None:  # rows of no sequence are left as they are
+        row = torch.arange(t.q.shape[2])
+        inside = ((row >= t.q_start[:, None]) & (row < t.q_end[:, None])).any(0)
+        assert out[:, :, ~inside].isnan().all() and lse[:, :, ~inside].isnan().all()
+        out, lse, ref, ref_lse = out[:, :, inside], lse[:, :, inside], ref[:, :, inside], ref_lse[:, :, inside]
+    torch.testing.assert_close(out.double(), ref, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq_q", [1, 40])
+def test_what_does_not_exist_gives_nan(seq_q: int) -> None:
+    options = Options(0.2, 0.0, 2)
+    t = paged(FP16, seq_q, 16)
+    good, _ = attention(t, options)
+    t.block_table[0, 5] = 70
+    out, lse = attention(t, options)
+    assert out[0].isnan().any() and torch.equal(out[1:], good[1:])
+    t = dense(FP16, 4, seq_q, 300, k_start=whole(0, 5, -1, 0), k_end=whole(300, 4, 3, 301))
+    out, lse = attention(t, options)
+    assert out[0].isfinite().all() and out[1:].isnan().all() and lse[1:].isnan().all()
+
+
+# --- what may not leak ---
+
+
+@pytest.mark.parametrize("seq_q", [1, 40])
+@pytest.mark.parametrize("general", [False, True])
+def test_keys_that_nothing_attends_may_be_anything(seq_q: int, general: bool) -> None:
+    t = dense(BF16, 2, seq_q, 300, k_start=whole(3, 0), k_end=whole(280, 150))
+    if general:
+        t = t._replace(mask=torch.ones(1, 1, 1, 300, dtype=torch.bool).index_fill(3, whole(20, 77, 149), False))
+    options = Options(0.2, 0.0, 2, 250)
+    out, lse = attention(t, options)
+    for bad in (math.nan, math.inf):
+        k, v = t.k.clone(), t.v.clone()
+        for x in (k, v):
+            x[0, :, :3], x[0, :, 280:], x[1, :, 150:] = bad, bad, bad
+            if general:
+                x[:, :, [20, 77, 149]] = bad
+        again, lse_again = attention(t._replace(k=k, v=v), options)
+        assert_same_bits(again, out)
+        assert_same_bits(lse_again, lse)
+
+
+@pytest.mark.parametrize("seq_q", [2, 40])
+@pytest.mark.parametrize("what", ["q", "k", "v"])
+def test_nan_stands_where_the_reference_has_it(seq_q: int, what: str) -> None:
+    t, options = dense(BF16, 1, seq_q, 300), Options(0.2)
+    getattr(t, what)[0, 1, 1, 5] = math.nan
+    out, lse = attention(t, options)
+    ref, ref_lse = reference(t, options)
+    assert torch.equal(out.isnan(), ref.isnan()) and torch.equal(lse.isnan(), ref_lse.isnan())
+    getattr(t, what)[0, 1, 1, 5] = math.inf
+    out, lse = attention(t, options)
+    ref, ref_lse = reference(t, options)
+    assert torch.equal(out.isnan(), ref.isnan()) and torch.equal(lse.isposinf(), ref_lse.isposinf())
+
+
+@pytest.mark.parametrize("seq_q", [1, 40])
+@pytest.mark.parametrize("seq_k", [192, 193])
+def test_one_dominant_key(seq_q: int, seq_k: int) -> None:
+    """A dropped key would show, at each tile's borders."""
+    for at in (0, 15, 16, 31, 32, 63, 64, 127, 128, 191, seq_k - 1):
+        q, k, v = (
+            rand(f"{n}{at}", 1, 1, s, 64, dtype=BF16) * 0.1 for n, s in (("q", seq_q), ("k", seq_k), ("v", seq_k))
+        )
+        k[..., at, :] = 8
+        q = q + 2
+        v[..., at, :] += 4
+        check((q, k, v), {})
+
+
+def test_bits_do_not_depend_on_the_batch() -> None:
+    options = Options(0.125, 0.0, 2)
+    t = dense(BF16, 3, 40, 150)
+    out, _ = attention(t, options)
+    alone, _ = attention(t._replace(q=t.q[1:2], k=t.k[1:2], v=t.v[1:2]), options)
+    assert_same_bits(out[1:2].contiguous(), alone)
