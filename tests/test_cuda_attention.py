@@ -114,6 +114,7 @@ CALLS = {
     "paged decode": (lambda d: paged(d, 1, 16), Options(0.2, 0.0, 2)),
     "paged decode, odd pages": (lambda d: paged(d, 2, 7)._replace(k_batch=whole(0, 0, 2)), Options(0.2, 0.0, 2, 100)),
     "paged prefill": (lambda d: paged(d, 40, 16), Options(0.2, 0.0, 2)),
+    "paged prefill, general": (lambda d: paged(d, 40, 16)._replace(alibi=rand("a", 6).abs()), Options(0.2, 0.0, 2)),
     "padded decode": (lambda d: dense(d, 3, 1, 600, k_start=whole(5, 0, 599), k_end=whole(600, 300, 599)),
                       Options(0.2, 0.0, 2, 280)),
     "padded, rows by index": (

@@ -229,38 +229,44 @@ __global__ void __launch_bounds__(kThreads) attention_few(const __grid_constant_
   if (a.block_table) bad |= __syncthreads_or(keys.bad);
   if (warp >= kParts) return;
 
+  // Through the memory of the states, so that rows are written in one piece.
+  auto* const tile_out = reinterpret_cast<float*>(states[warp]);
+  __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + g + 8 * half;
-    if (row >= rows) continue;
-    float sum = bad ? __int_as_float(0x7fffffff) : state.sum[half], top = state.top[half];
-    const Folded f = folded(a, kv_head, row);
+    float sum = bad ? __int_as_float(0x7fffffff) : state.sum[half], top = state.top[half], factor = 1.0f;
+    const Folded f = folded(a, kv_head, min(row, rows - 1));
+    const bool writes = row < rows && t == 0 && warp == 0;
     if (a.splits > 1) {
-      const int64_t at = (int64_t(slot) * a.splits + split) * rows + row;
-      if (t == 0 && warp == 0) a.stats[at] = {top, sum};
-      float* partial = a.partials + at * a.v_dim;
-#pragma unroll
-      for (int n = 0; n < kOut / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int channel = keys.channel(n, e);
-          if (channel < a.v_dim) partial[channel] = state.out[n][2 * half + e] * (1 / Keys::kUnit);
-        }
-      continue;
+      if (writes) a.stats[(int64_t(slot) * a.splits + split) * rows + row] = {top, sum};
+    } else {
+      float shrink = 1.0f;
+      if (a.sinks) join_sink(a.sinks[f.head], top, sum, shrink);
+      factor = end_factor(a, sum) * shrink;
+      if (a.lse && writes) a.lse[lse_index(a, s, f.head, f.query)] = log_sum(top, sum);
     }
-    float shrink = 1.0f;
-    if (a.sinks) join_sink(a.sinks[f.head], top, sum, shrink);
-    const float factor = end_factor(a, sum) * (shrink / Keys::kUnit);
-    if (a.lse && t == 0 && warp == 0) a.lse[lse_index(a, s, f.head, f.query)] = log_sum(top, sum);
-    T* out = static_cast<T*>(a.out.base) + s.q_outer * a.out.batch + f.head * a.out.head +
-             int64_t(s.q_first + f.query) * a.out.token;
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int channel = keys.channel(n, e);
-        if (channel < a.v_dim) out[channel] = from_float<T>(state.out[n][2 * half + e] * factor);
-      }
+      for (int e = 0; e < 2; ++e)
+        tile_out[(g + 8 * half) * kOut + keys.channel(n, e) % kOut] =
+            state.out[n][2 * half + e] * (factor * (1 / Keys::kUnit));
+  }
+  __syncwarp();
+  for (int r = 0; r < min(16, rows - row0); ++r) {
+    const Folded f = folded(a, kv_head, row0 + r);
+    T* out = static_cast<T*>(a.out.base) + s.q_outer * a.out.batch + f.head * a.out.head +
+             int64_t(s.q_first + f.query) * a.out.token;
+    float* partial = a.partials + ((int64_t(slot) * a.splits + split) * rows + row0 + r) * a.v_dim;
+    for (int i = lane; i < kOut; i += 32) {
+      const int channel = warp * kOut + i;
+      if (channel >= a.v_dim) break;
+      if (a.splits > 1)
+        partial[channel] = tile_out[r * kOut + i];
+      else
+        out[channel] = from_float<T>(tile_out[r * kOut + i]);
+    }
   }
 }
 

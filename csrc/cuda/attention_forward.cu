@@ -170,10 +170,16 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_tiles(const __grid_c
           if (t == 0) a.stats[at] = {natural, total};
           float* partial = a.partials + at * a.v_dim;
 #pragma unroll
-          for (int i = 0; i < kDim / 8; ++i)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (i * 8 + 2 * t + e < a.v_dim) partial[i * 8 + 2 * t + e] = out[m][i][2 * half + e];
+          for (int i = 0; i < kDim / 8; ++i) {
+            const int column = i * 8 + 2 * t;
+            const float2 x = {out[m][i][2 * half], out[m][i][2 * half + 1]};
+            if (a.v_dim % 2 == 0) {
+              if (column < a.v_dim) *reinterpret_cast<float2*>(partial + column) = x;
+            } else {
+              if (column < a.v_dim) partial[column] = x.x;
+              if (column + 1 < a.v_dim) partial[column + 1] = x.y;
+            }
+          }
         }
         continue;
       }

@@ -86,16 +86,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if constexpr (Tile::kOfKeys) multiply<T, kDim, false, 1, kRows>(dk, ds, q_tile);
   }
 
-  __syncthreads();
+  // Only this warp reads its rows of k.
   const auto store = [&](const auto& c, float factor, const Heads& x, int dim) {
     const float factors[2] = {factor, factor};
     store_rows<T, kDim>(c, factors, k_tile, warp * 16, dim, a.aligned_out, [&](int i) {
       const int key = key0 + warp * 16 + i;
       return key < s.keys ? key_of(s, x, kv_head, key) : nullptr;
     });
-    __syncwarp();
   };
   if constexpr (Tile::kOfKeys) store(dk[0], a.scale, a.grad_k, int(a.head_dim));
+  if constexpr (Tile::kOfKeys && Tile::kOfValues) __syncwarp();
   if constexpr (Tile::kOfValues) store(dv[0], 1.0f, a.grad_v, int(a.v_dim));
 }
 

@@ -200,10 +200,10 @@ struct Int8Keys : CodeKeys {
   static constexpr float kUnit = 64;
   static constexpr int kParts = 2;
   uint4 k[kDim / 16], v[2][kOut / 32];
-  float k_scale[8], v_scale[8];  // of the lane's tokens, 8t on
+  float k_scale[8], v_scale[8];  // of the lane's tokens
 
   using CodeKeys::CodeKeys;
-  __device__ int key(int i, int e) const { return 8 * t + 4 * e + i; }
+  __device__ int key(int i, int e) const { return 16 * e + 4 * t + i; }
   __device__ int channel(int n, int e) const { return part * kOut + n / 4 * 32 + 8 * t + 4 * e + n % 4; }
 
   __device__ void load_scales(float (&to)[8], const void* scales, int block) const {
@@ -211,7 +211,7 @@ struct Int8Keys : CodeKeys {
         reinterpret_cast<const float4*>(static_cast<const float*>(scales) + slot * tiles * 64 + block);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 x = from[2 * t + i];
+      const float4 x = from[4 * i + t];
       to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
     }
   }
@@ -219,7 +219,8 @@ struct Int8Keys : CodeKeys {
     const auto* from = reinterpret_cast<const uint4*>(key_block<128>(block));
 #pragma unroll
     for (int j = 0; j < kDim / 16; ++j)
-      k[j] = 4 * j + t < k_steps ? load_once(from + (4 * j + t) * 8 + g) : make_uint4(0, 0, 0, 0);
+      k[j] = 4 * j + t < k_steps ? load_once(from + (4 * j + t) * 8 + g % 2 * 4 + g / 2)
+                                 : make_uint4(0, 0, 0, 0);
     load_scales(k_scale, a.kv.k_scales, block);
   }
   __device__ void load_values(int block, Range) {
@@ -229,7 +230,7 @@ struct Int8Keys : CodeKeys {
 #pragma unroll
       for (int m = 0; m < kOut / 32; ++m)
         v[h][m] = part * (kOut / 32) + m < v_blocks
-                      ? load_once(from + ((part * (kOut / 32) + m) * 16 + 2 * t + h) * 8 + g)
+                      ? load_once(from + ((part * (kOut / 32) + m) * 16 + 4 * h + t) * 8 + g)
                       : make_uint4(0, 0, 0, 0);
     load_scales(v_scale, a.kv.v_scales, block);
   }
@@ -330,27 +331,34 @@ struct TailKeys : CodeKeys {
   __device__ void load_values(int, Range) {}
   __device__ float key_factor(int, int) const { return 1.0f; }
   __device__ float value_factor(int, int) const { return 1.0f; }
+  __device__ const uint16_t* row(const void* tail, int token) const {
+    if (token < seen.first || token >= seen.end) return nullptr;
+    return static_cast<const uint16_t*>(tail) + (slot * a.kv.tail_rows + token - first) * a.head_dim;
+  }
   // Channels `channel` and the next one of a token.
-  __device__ uint32_t pair(const void* tail, int token, int channel) const {
+  __device__ uint32_t pair(const uint16_t* row, int channel) const {
     const int dim = int(a.head_dim);
-    if (channel >= dim || token < seen.first || token >= seen.end) return 0;
-    const auto* row =
-        static_cast<const uint16_t*>(tail) + (slot * a.kv.tail_rows + token - first) * dim + channel;
-    if (dim % 2 == 0) return *reinterpret_cast<const uint32_t*>(row);
-    return row[0] | (channel + 1 < dim ? uint32_t(row[1]) << 16 : 0);
+    if (!row || channel >= dim) return 0;
+    if (dim % 2 == 0) return *reinterpret_cast<const uint32_t*>(row + channel);
+    return row[channel] | (channel + 1 < dim ? uint32_t(row[channel + 1]) << 16 : 0);
   }
   __device__ void key_operand(uint32_t (&b)[2], int j, int i) const {
-    const int token = block + 2 * g + i % 2 + i / 2 * 16;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      b[half] = from_bf16_pair<T>(pair(a.kv.k_tail, token, first_channel(j) + 2 * half));
+    const uint16_t* from = row(a.kv.k_tail, block + 2 * g + i % 2 + i / 2 * 16);
+    const int channel = first_channel(j);
+    uint2 x = {0, 0};
+    if (a.head_dim % 4 == 0) {
+      if (from && channel < a.head_dim) x = *reinterpret_cast<const uint2*>(from + channel);
+    } else {
+      x = {pair(from, channel), pair(from, channel + 2)};
+    }
+    b[0] = from_bf16_pair<T>(x.x), b[1] = from_bf16_pair<T>(x.y);
   }
   __device__ void value_operand(uint32_t (&b)[2], int h, int n, const uint32_t (&keep)[2]) const {
     const int token = block + 16 * h + 4 * t, channel = part * kOut + n / 4 * 32 + 2 * g + n % 4 / 2 * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t x = pair(a.kv.v_tail, token + 2 * half, channel),
-                     y = pair(a.kv.v_tail, token + 2 * half + 1, channel);
+      const uint32_t x = pair(row(a.kv.v_tail, token + 2 * half), channel);
+      const uint32_t y = pair(row(a.kv.v_tail, token + 2 * half + 1), channel);
       b[half] = from_bf16_pair<T>(n % 2 ? high_halves(x, y) : low_halves(x, y)) & keep[half];
     }
   }
