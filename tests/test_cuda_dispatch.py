@@ -102,11 +102,31 @@ def test_gradients_and_mistakes() -> None:
         tilewright.rms_norm(x, None, 1e-5, backend="cuda").sum().backward()
         with pytest.raises(ValueError, match="rms_norm: weight and bias must be contiguous"):
             tilewright.rms_norm(x.detach(), torch.ones(5), 1e-5, backend="cuda")
-        with pytest.raises(NotImplementedError, match="attention: backend='cuda': the CUDA extension has no attention"):
-            tilewright.attention(x[None], x[None], x[None], backend="cuda")
+        wide = torch.zeros(1, 2, 3, 16)
+        with pytest.raises(
+            NotImplementedError, match="attention: backend='cuda': the CUDA kernels of attention take bfloat16"
+        ):
+            tilewright.attention(wide, wide, wide, backend="cuda")
     grad, x.grad = x.grad, None
     tilewright.rms_norm(x, None, 1e-5).sum().backward()
     close(grad, x.grad)
+
+
+@needs_nvcc
+def test_attention_reaches_the_kernels() -> None:
+    q, k, v = numbers("q", 2, 4, 5, 64), numbers("k", 2, 2, 70, 64), numbers("v", 2, 2, 70, 64)
+    alibi = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    options = {"causal": "bottom_right", "alibi_slopes": alibi}
+    results = []
+    for backend in ("cuda", "cpu"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        with cuda_device.serving() as launches:
+            out, lse = tilewright.attention(*leaves, **options, return_lse=True, backend=backend)
+            (out.float().square().sum() + lse.sum()).backward()
+        assert bool(launches) == (backend == "cuda") and (tilewright.last_impl("attention") == "cuda") == bool(launches)
+        results.append((out, lse, *(t.grad for t in leaves)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2)
 
 
 def test_architectures() -> None:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/bindings_attention.h"
 #include "cuda/calls.h"
 #include "torch_tensor.h"
 
@@ -77,6 +78,7 @@ PYBIND11_MODULE(_cuda, m) {
                              {cache_k, cache_v, positions, block_table, cache_seqlens}, out);
           });
         });
+  bind_attention(m);
   m.def("linear",
         [](int device, uintptr_t stream, const TensorView& x, const TensorView& codes,
            const TensorView& scales, const TensorView& offsets, int bits, int middle, int64_t group,

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from tilewright.ops.attention_reference import Operands, Options
 from tilewright.quant.weight import CODES
 from tilewright.triton_kernels.weight import GpuWeight  # plain torch; does not import triton
 
@@ -154,6 +156,67 @@ def sample(
     return out
 
 
+def attention_lacks(q: Tensor, k: Tensor, v_dim: int) -> str:
+    """What of an attention call the kernels do not have; empty if they have it."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype not in (q.dtype, torch.uint8):
+        return f"the CUDA kernels of attention take bfloat16 or float16, got q {q.dtype} and k {k.dtype}"
+    if max(q.shape[-1], v_dim) > 256:
+        return f"the CUDA kernels of attention take head_dims up to 256, got {max(q.shape[-1], v_dim)}"
+    return ""
+
+
+def attention(t: Operands, options: Options, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """`tilewright.attention_packed`: (out, lse or None), out laid out as q."""
+    shape = (*t.q.shape[:3], t.v.shape[3])
+    out = torch.empty_like(t.q) if t.q.shape == shape else t.q.new_empty(shape)
+    lse = torch.empty(shape[:3], dtype=torch.float32, device=t.q.device) if return_lse else None
+    if t.q_start is not None:  # rows that belong to no sequence
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+    found = extension()
+    sizes = (t.q, t.k, t.v, t.q_start, t.q_end, t.k_batch, t.block_table)
+    workspace = _workspace(t.q, found.attention_workspace(t.q.device.index or 0, *sizes))
+    launch("attention", *t, *options, out, lse, workspace)
+    return out, lse
+
+
+def attention_quantized(q: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention to a QuantizedKV: its tensors and numbers, then mask, bias, slopes, sinks, seed and the
+    numbers of the call."""
+    cache, (mask, bias, alibi, sinks, seed), options = arguments[:12], arguments[12:17], arguments[17:]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    alibi, sinks = (x if x is None else x.float().contiguous() for x in (alibi, sinks))
+    workspace = _workspace(q, extension().attention_quantized_workspace(q.device.index or 0, q, *cache))
+    launch("attention_quantized", q, *cache, mask, bias, alibi, sinks, seed, *options, out, lse, workspace)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    t: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    needs_bias: bool,
+    needs_alibi: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v (in their dtypes) and of bias, alibi slopes and sinks (float32; None for those that are
+    absent or not needed)."""
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (t.q, t.k, t.v)]
+    wanted = ((t.bias, needs_bias), (t.alibi, needs_alibi), (t.sinks, t.sinks is not None))
+    extra = [
+        torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in ((x, x is not None and needed) for x, needed in wanted)
+    ]
+    slopes = None if extra[1] is None else torch.empty_like(lse)
+    arguments = (out, lse, grad_out, grad_lse, torch.empty_like(lse), *grads, *extra, slopes)
+    launch("attention_backward", *t, *options, *arguments)
+    return *grads, *extra
+
+
 def linear_lacks(x: Tensor, codes: int, activation: str, outlier_threshold: float) -> str:
     """What of a linear layer the kernels do not have; empty if they have it. codes: a number of `CODES`."""
     integers = activation.startswith("int8")
@@ -191,8 +254,7 @@ def linear(
     flat = _contiguous_last(x.reshape(-1, weight.k))
     kind, workspace = activation if activation.startswith("int8") else "float", None
     if kind != "float":
-        size = extension().linear_workspace_bytes(*flat.shape)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        workspace = _workspace(x, extension().linear_workspace_bytes(*flat.shape))
     elif activation == "bf16":
         flat = flat.bfloat16()
     launch(
@@ -200,6 +262,10 @@ def linear(
         weight.offset, bias, group_sizes, kind, workspace, out.view(-1, out.shape[-1]),
     )  # fmt: skip
     return out
+
+
+def _workspace(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 def _contiguous_last(t: Tensor) -> Tensor:

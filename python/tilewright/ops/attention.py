@@ -24,6 +24,7 @@ from tilewright.ops.attention_reference import (
 )
 from tilewright.ops.quantized_kv import QuantizedKV
 from tilewright.ops.registry import (
+    CUDA_DEVICES,
     check_backend,
     check_device,
     contiguous_last,
@@ -298,12 +299,15 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 def _attention_any(*arguments):
     t, options, backend = Operands(*arguments[:14]), Options(*arguments[14:20]), arguments[20]
-    if _wide(t) or served_by(_OP, backend, t.q, cuda_lacks=_CUDA_LACKS) == "cpu":
+    if _wide(t) or (server := _served_by(backend, t)) == "cpu":
         return _attention(t, options, True)
-    return twin("triton", "attention").attention(_for_kernel(t), options, True)
+    return twin(server, "attention").attention(_for_kernel(t), options, True)
 
 
-_CUDA_LACKS = "the CUDA extension has no attention"
+def _served_by(backend: str, t: Operands) -> str:
+    on_gpu = t.q.device.type in CUDA_DEVICES and backend in ("auto", "cuda")
+    lacks = twin("cuda", "attention").attention_lacks(t.q, t.k, t.v.shape[-1]) if on_gpu else ""
+    return served_by(_OP, backend, t.q, cuda_lacks=lacks)
 
 
 def _wide(t: Operands) -> bool:
@@ -348,7 +352,7 @@ def _attention_backward_any(grad_out, grad_lse, *arguments):
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     out, lse = contiguous_last(out), lse.contiguous()
     empty = grad_out.new_empty(0)
-    if (server := served_by(_OP, backend, t.q, cuda_lacks=_CUDA_LACKS)) != "cpu":
+    if (server := _served_by(backend, t)) != "cpu":
         grads = twin(server, "attention_backward").attention_backward(
             grad_out, grad_lse, kernel, options, out, lse, needs_bias, needs_alibi
         )
