@@ -67,7 +67,9 @@ def compiled(target: str, source: Path) -> Iterator[tuple]:
             folder,
         ]
         done = subprocess.run(
-            [*command, "-I", str(CSRC), str(source), "-o", f"{folder}/out.cubin"], capture_output=True, text=True
+            [*command, "-I", str(source.resolve().parent.parent), str(source), "-o", f"{folder}/out.cubin"],
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} {source}\n{done.stderr}")
@@ -113,7 +115,11 @@ def main() -> int:
     print(*bad, f"{len(bad)} spill registers or need too much shared memory", sep="\n")
     if options.json:
         whole = json.loads(options.json.read_text()) if options.json.exists() else {}
-        whole["cuda"] = {"columns": COLUMNS} | table
+        before = whole.get("cuda", {})
+        for target, lines in table.items():  # what was not compiled now stays
+            new = {line[0] for line in lines}
+            lines.extend(line for line in before.get(target, []) if line[0] not in new)
+        whole["cuda"] = {"columns": COLUMNS} | {k: v for k, v in before.items() if k != "columns"} | table
         body = [
             f' "{name}": ' + (json.dumps(value) if not isinstance(value, dict) else _section(value))
             for name, value in whole.items()

@@ -65,7 +65,7 @@ def test_needs_no_cuda_library() -> None:
 def test_no_spills(source: str) -> None:
     """Two files for one architecture; `python -m bench.cuda_resources` looks at all of them."""
     for line in cuda_resources.compiled(
-        "sm_90a" if source == "norm" else "sm_80", cuda_resources.CSRC / f"cuda/{source}.cu"
+        "sm_90a" if source == "norm" else "sm_80", cuda_device.CSRC / f"cuda/{source}.cu"
     ):
         assert cuda_resources.problems("sm_80", line) == ""
 
@@ -78,7 +78,7 @@ def test_the_table_has_every_kernel_and_no_spills() -> None:
         listed = {line[0].split("<")[0] for line in table[target]}
         written = {
             name
-            for source in (cuda_resources.CSRC / "cuda").glob("*.cu")
+            for source in (cuda_device.CSRC / "cuda").glob("*.cu")
             for name in re.findall(r"(\w+_kernel)\(", source.read_text())
         }
         assert listed == written

@@ -234,6 +234,16 @@ def test_every_barrier_and_wait_is_needed(name: str) -> None:
     assert left == [], "\n".join(left)
 
 
+@pytest.mark.parametrize("name", MUTANTS)
+def test_warps_and_blocks_in_any_order(name: str) -> None:
+    case, activation = MUTANTS[name]
+    x, weight, bias = inputs(case, BF16)
+    expected = run(x, weight, bias, activation)
+    for seed in (1, 2):
+        with cuda_device.module().watched(seed=seed, resident=2):
+            assert_same_bits(run(x, weight, bias, activation), expected)
+
+
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 32, 64, 128])
 @pytest.mark.parametrize("activation", ["bf16", "int8"])
 @pytest.mark.parametrize("codes", ["int4", "int8"])
