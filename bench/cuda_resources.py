@@ -30,6 +30,8 @@ _PROCESSOR = {
 
 def dynamic_shared(kernel: str) -> int:
     """Bytes that a launcher asks for at most, of a kernel's demangled name: the `Layout` of its file."""
+    if wgmma := re.search(r"wgmma_kernel<\w+, ([48])>", kernel):
+        return 1024 + 4 * (16384 + 1024 * int(wgmma[1])) + 2 * 4 * 136 * 8 + 32
     shape = r"(gemm|integer)_kernel<(?:\w+, )?([48]), .*?Shape<(\d+), (\d+), \d+, \d+, \d+>\s?(?:, (\w+))?"
     numbers = re.search(shape, kernel)
     if numbers is None:
@@ -54,18 +56,9 @@ def occupancy(target: str, threads: int, registers: int, shared: int) -> float:
 def compiled(target: str, source: Path) -> Iterator[tuple]:
     """A line of the table for each kernel of a .cu file."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "nvcc",
-            "-O3",
-            "-std=c++17",
-            f"-arch={target}",
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            "-keep",
-            "-keep-dir",
-            folder,
-        ]
+        wgmma = ["-DTILEWRIGHT_CUDA_WGMMA"] if target == "sm_90a" else []  # as cmake/cuda.cmake has it
+        command = ["nvcc", "-O3", "-std=c++17", *wgmma, f"-arch={target}", "-cubin", "-Xptxas", "-v"]
+        command += ["-keep", "-keep-dir", folder]
         done = subprocess.run(
             [*command, "-I", str(source.resolve().parent.parent), str(source), "-o", f"{folder}/out.cubin"],
             capture_output=True,

@@ -44,6 +44,7 @@ add_library(cuda_kernels OBJECT
   csrc/cuda/linear_gemm.cu
   csrc/cuda/linear_gemv.cu
   csrc/cuda/linear_int8.cu
+  csrc/cuda/linear_wgmma.cu
   csrc/cuda/norm.cu
   csrc/cuda/rope.cu
   csrc/cuda/sample.cu
@@ -51,6 +52,9 @@ add_library(cuda_kernels OBJECT
 # The C++ compiler's warnings do not suit nvcc's generated code.
 set_target_properties(cuda_kernels PROPERTIES COMPILE_OPTIONS "" CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(cuda_kernels PRIVATE csrc)
+if(90a IN_LIST built_for)
+  set_source_files_properties(csrc/cuda/linear_wgmma.cu PROPERTIES COMPILE_DEFINITIONS TILEWRIGHT_CUDA_WGMMA)
+endif()
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/bindings_attention.cpp csrc/cuda/calls.cpp csrc/cuda/calls_attention.cpp csrc/cuda/calls_cache.cpp csrc/cuda/calls_linear.cpp csrc/torch_tensor.cpp
   $<TARGET_OBJECTS:cuda_kernels>)

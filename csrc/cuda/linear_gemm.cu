@@ -9,6 +9,7 @@
 #include "linear_gemv.h"
 #include "linear_shape.h"
 #include "linear_tile.cuh"
+#include "linear_wgmma.h"
 #include "mma.cuh"
 
 namespace tw::cuda {
@@ -228,6 +229,7 @@ cudaError_t linear(const LinearArgs& a, cudaStream_t stream) {
   if (a.m == 0 || a.n == 0) return cudaSuccess;
   if (a.type == Type::f32 || (a.w.bits != 4 && a.w.bits != 8)) return cudaErrorInvalidValue;
   if (a.m <= kGemvRows && !a.group_sizes) return linear_gemv(a, stream);
+  if (const cudaError_t e = linear_wgmma(a, stream); e != cudaErrorNotSupported) return e;
   if (a.type == Type::bf16) return a.w.bits == 4 ? launch<bf16, 4>(a, stream) : launch<bf16, 8>(a, stream);
   return a.w.bits == 4 ? launch<f16, 4>(a, stream) : launch<f16, 8>(a, stream);
 }
