@@ -9,7 +9,7 @@ template <int kDim_, int kKeys_>
 struct BiasTiling {
   static constexpr int kDim = kDim_, kKeys = kKeys_, kRows = 64, kThreads = 128;
   static constexpr int kSharedBytes = (2 * kRows + 2 * kKeys) * kDim * 2;
-  static_assert(kRows * kKeys * 4 <= kSharedBytes, "the tile of the gradient goes there at the end");
+  static_assert(kRows * (kKeys + 8) * 4 <= kSharedBytes, "the tile of the gradient goes there at the end");
 };
 
 template <class T, class Tile>
@@ -85,18 +85,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
   }
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(shared);
+  constexpr int kStride = kKeys + 8;
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      sums[(warp * 16 + g + e / 2 * 8) * kKeys + i * 8 + 2 * t + e % 2] = total[i][e];
+      sums[(warp * 16 + g + e / 2 * 8) * kStride + i * 8 + 2 * t + e % 2] = total[i][e];
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kKeys; i += Tile::kThreads) {
     const int row = tile_m * kRows + i / kKeys, column = tile_n * kKeys + i % kKeys;
     if (row >= sizes[2] || column >= sizes[3]) continue;
     float sum = 0;
     for (int m = i / kKeys; m < (sizes[2] == 1 ? kRows : i / kKeys + 1); ++m)
-      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * kKeys + n];
+      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * kStride + n];
     a.grad_bias[((int64_t(own_batch) * sizes[1] + own_head) * sizes[2] + row) * sizes[3] + column] = sum;
   }
 }
