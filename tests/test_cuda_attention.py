@@ -197,7 +197,6 @@ def test_nan_stands_where_the_reference_has_it(seq_q: int, what: str) -> None:
 @pytest.mark.parametrize("seq_k", [192, 193])
 def test_one_dominant_key(seq_q: int, seq_k: int) -> None:
     """A dropped key would show, at each tile's borders."""
-    sizes = (seq_q, seq_k, seq_k)
     for at in (0, 15, 16, 31, 32, 63, 64, 127, 128, 191, seq_k - 1):
         q, k, v = (
             rand(f"{n}{at}", 1, 1, s, 64, dtype=BF16) * 0.1 for n, s in (("q", seq_q), ("k", seq_k), ("v", seq_k))
