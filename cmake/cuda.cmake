@@ -39,14 +39,20 @@ add_library(cuda_kernels OBJECT
   csrc/cuda/attention_grad_bias.cu
   csrc/cuda/attention_grad_keys.cu
   csrc/cuda/attention_grad_queries.cu
+  csrc/cuda/gather.cu
+  csrc/cuda/kv_quant.cu
+  csrc/cuda/linear_gemm.cu
+  csrc/cuda/linear_gemv.cu
+  csrc/cuda/linear_int8.cu
   csrc/cuda/norm.cu
   csrc/cuda/rope.cu
+  csrc/cuda/sample.cu
 )
 # The C++ compiler's warnings do not suit nvcc's generated code.
 set_target_properties(cuda_kernels PROPERTIES COMPILE_OPTIONS "" CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(cuda_kernels PRIVATE csrc)
 
-pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/bindings_attention.cpp csrc/cuda/calls_attention.cpp csrc/cuda/calls.cpp csrc/cuda/calls_cache.cpp csrc/torch_tensor.cpp
+pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/bindings_attention.cpp csrc/cuda/calls.cpp csrc/cuda/calls_attention.cpp csrc/cuda/calls_cache.cpp csrc/cuda/calls_linear.cpp csrc/torch_tensor.cpp
   $<TARGET_OBJECTS:cuda_kernels>)
 target_include_directories(_cuda PRIVATE csrc ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_definitions(_cuda PRIVATE "TILEWRIGHT_CUDA_BUILT_FOR=\"${built_for}\"")

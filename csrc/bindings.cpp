@@ -131,10 +131,13 @@ PYBIND11_MODULE(_C, m) {
     return s ? py::object(py::str(s)) : py::none();
   });
   m.def("record", [](const std::string& op, const std::string& implementation) {
-    record(op.c_str(), implementation == "reference" ? "reference" : "triton");
+    record(op.c_str(), implementation == "reference" ? "reference"
+                       : implementation == "cuda"    ? "cuda"
+                                                     : "triton");
   });
   m.def("uses_dlpack", [] { return torch_handles().api != nullptr; });
-  m.def("use_dlpack", &fill_torch_handles, "For tests: read tensors through DLPack or attribute by attribute.");
+  m.def("use_dlpack", &fill_torch_handles,
+        "For tests: read tensors through DLPack or attribute by attribute.");
 
   m.def("norm",
         [](const std::string& op, const TensorView& x, const TensorView& residual, const TensorView& weight,

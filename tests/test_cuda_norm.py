@@ -31,7 +31,7 @@ def run_norm(
         out = out.transpose(0, 1).contiguous().transpose(0, 1)
     total = None if residual is None else torch.full_like(out, torch.nan)
     name = "layer_norm" if centred else "rms_norm"
-    cuda_device.module().norm(name, x, residual, weight, bias, out, total, 1e-5, centred)
+    cuda_device.module().norm(x, name, residual, weight, bias, out, total, 1e-5, centred)
     return out, total
 
 

@@ -42,7 +42,7 @@ PYBIND11_MODULE(_cuda, m) {
       "use_device_type", [](int type) { gpu::device_type = type; },
       "For tests: DLPack's number of the devices whose tensors are taken.");
 
-  m.def("norm", [](int device, uintptr_t stream, const std::string& op, const TensorView& x,
+  m.def("norm", [](int device, uintptr_t stream, const TensorView& x, const std::string& op,
                    const TensorView& residual, const TensorView& weight, const TensorView& bias,
                    const TensorView& out, const TensorView& total, float eps, bool centred) {
     unlocked([&] {
@@ -79,4 +79,36 @@ PYBIND11_MODULE(_cuda, m) {
           });
         });
   bind_attention(m);
+  m.def("linear",
+        [](int device, uintptr_t stream, const TensorView& x, const TensorView& codes,
+           const TensorView& scales, const TensorView& offsets, int bits, int middle, int64_t group,
+           int64_t k, const std::string& offset, const TensorView& bias, const TensorView& group_sizes,
+           const std::string& activation, const TensorView& workspace, const TensorView& out) {
+          unlocked([&] {
+            gpu::linear(where(device, stream), x, {codes, scales, offsets, bits, middle, group, k, offset},
+                        bias, group_sizes, activation, workspace, out);
+          });
+        });
+  m.def("linear_workspace_bytes", &gpu::linear_workspace_bytes);
+  m.def("kv_append_quantized",
+        [](int device, uintptr_t stream, const TensorView& k_codes, const TensorView& v_codes,
+           const TensorView& k_scales, const TensorView& v_scales, const TensorView& k_tail,
+           const TensorView& v_tail, const TensorView& counts, int64_t bits, int64_t group_size,
+           int64_t residual, int64_t max_len, int64_t head_dim, const TensorView& k, const TensorView& v) {
+          unlocked([&] {
+            gpu::kv_append_quantised(where(device, stream),
+                                     {k_codes, v_codes, k_scales, v_scales, k_tail, v_tail, counts, bits,
+                                      group_size, residual, max_len, head_dim},
+                                     k, v);
+          });
+        });
+  m.def("gather", [](int device, uintptr_t stream, const TensorView& from, const TensorView& from_index,
+                     const TensorView& to_index, const TensorView& to) {
+    unlocked([&] { gpu::gather(where(device, stream), from, from_index, to_index, to); });
+  });
+  m.def("sample", [](int device, uintptr_t stream, const TensorView& logits, const TensorView& uniform,
+                     const TensorView& out, double temperature, int64_t top_k, double top_p, double min_p) {
+    unlocked(
+        [&] { gpu::sample(where(device, stream), logits, uniform, out, temperature, top_k, top_p, min_p); });
+  });
 }

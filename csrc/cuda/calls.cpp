@@ -1,8 +1,12 @@
 #include "cuda/calls.h"
 
+#include <algorithm>
+#include <cfloat>
+
 #include "cuda/act_mul.h"
 #include "cuda/call.h"
 #include "cuda/norm.h"
+#include "cuda/sample.h"
 
 namespace tilewright::cuda {
 
@@ -71,6 +75,33 @@ void act_mul(Where where, const TensorView& gate, const TensorView& up, const Te
   }
   a.type = type_of(gate.dtype);
   launch(op, where, tw::cuda::act_mul, a);
+}
+
+void sample(Where where, const TensorView& logits, const TensorView& uniform, const TensorView& out,
+            double temperature, int64_t top_k, double top_p, double min_p) {
+  constexpr const char* kOp = "sample";
+  for (const auto* t : {&logits, &out}) expect_here(kOp, "every tensor", *t);
+  expect_storage(kOp, "logits", logits);
+  TW_EXPECT(logits.ndim == 2 && logits.dim(1) > 0 && logits.dim(1) <= 1 << 24, kOp,
+            "logits must be (batch, vocab) with 1 to 2**24 tokens, got " + shape_of(logits));
+  expect_unit_stride(kOp, "logits", logits);
+  const int64_t batch = logits.dim(0);
+  TW_EXPECT(out.ndim == 1 && out.dim(0) == batch && out.dtype == DType::i64, kOp,
+            "out must be int64 of shape (" + std::to_string(batch) + ",), got " + shape_of(out));
+  tw::cuda::SampleArgs a;
+  if (temperature != 0) {
+    expect_here(kOp, "uniform", uniform);
+    TW_EXPECT(uniform.ndim == 1 && uniform.dim(0) == batch && uniform.dtype == DType::f64, kOp,
+              "uniform must be float64 of shape (" + std::to_string(batch) + ",)");
+    a.uniform = uniform.as<const double>(), a.uniform_stride = uniform.stride(0);
+  }
+  a.logits = logits.data, a.row_stride = logits.stride(0);
+  a.out = out.as<int64_t>(), a.out_stride = out.stride(0);
+  a.batch = static_cast<int>(row_count(kOp, logits)), a.n = static_cast<int>(logits.dim(1));
+  a.type = type_of(logits.dtype);
+  a.temperature = static_cast<float>(std::clamp<double>(temperature, FLT_MIN, FLT_MAX));
+  a.top_k = top_k, a.top_p = top_p, a.min_p = min_p;
+  launch(kOp, where, tw::cuda::sample, a);
 }
 
 }  // namespace tilewright::cuda

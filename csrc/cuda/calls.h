@@ -47,4 +47,36 @@ void rope(Where where, const TensorView& q, const TensorView& k, const RopeInput
 void rope_append(Where where, const TensorView& q, const TensorView& k, const TensorView& v,
                  const RopeInputs& rope, const CacheInputs& caches, const TensorView& out);
 
+// A weight in the GPU's order (triton_kernels/weight.py). offset: "none", "zero", "min".
+struct GpuWeightInputs {
+  const TensorView &codes, &scales, &offsets;
+  int bits = 4, middle = 8;
+  int64_t group = 0, k = 0;
+  const std::string& offset;
+};
+// x (m, k), out (m, n), bias float32. activation: "float", which multiplies in x's type, bf16 or fp16;
+// "int8", "int8_token", which need a workspace of linear_workspace_bytes(m, k). group_sizes, int64 (experts):
+// the weight's rows are those of so many matrices.
+void linear(Where where, const TensorView& x, const GpuWeightInputs& weight, const TensorView& bias,
+            const TensorView& group_sizes, const std::string& activation, const TensorView& workspace,
+            const TensorView& out);
+int64_t linear_workspace_bytes(int64_t m, int64_t k);
+
+// The tensors and numbers of a QuantizedKV. Its counts stay on the device: a call without room writes
+// nothing.
+struct QuantisedCacheInputs {
+  const TensorView &k_codes, &v_codes, &k_scales, &v_scales, &k_tail, &v_tail, &counts;
+  int64_t bits = 8, group_size = 32, residual = 32, max_len = 0, head_dim = 0;
+};
+void kv_append_quantised(Where where, const QuantisedCacheInputs& kv, const TensorView& k,
+                         const TensorView& v);
+// to[to_index[i]] = from[from_index[i]], both (rows, heads, tokens, dim) of one dtype; an absent index
+// counts.
+void gather(Where where, const TensorView& from, const TensorView& from_index, const TensorView& to_index,
+            const TensorView& to);
+
+// temperature 0: the first maximum, without uniform. A row from which nothing can be drawn gives -1.
+void sample(Where where, const TensorView& logits, const TensorView& uniform, const TensorView& out,
+            double temperature, int64_t top_k, double top_p, double min_p);
+
 }  // namespace tilewright::cuda

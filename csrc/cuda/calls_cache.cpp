@@ -1,5 +1,7 @@
 // Calls that rotate tokens and write them into caches.
 #include "cuda/call.h"
+#include "cuda/gather.h"
+#include "cuda/kv_quant.h"
 #include "cuda/rope.h"
 #include "ops/overlap.h"
 
@@ -176,6 +178,111 @@ void rope_append(Where where, const TensorView& q, const TensorView& k, const Te
   a.batch = q.dim(0), a.seq = q.dim(2);
   a.type = type_of(q.dtype);
   launch(kOp, where, tw::cuda::move_tokens, a);
+}
+
+void kv_append_quantised(Where where, const QuantisedCacheInputs& in, const TensorView& k,
+                         const TensorView& v) {
+  constexpr const char* kOp = "kv_append";
+  TW_EXPECT(in.bits == 4 || in.bits == 8, kOp,
+            "QuantizedKV: bits must be 4 or 8, got " + std::to_string(in.bits));
+  TW_EXPECT(in.group_size == 32 || in.group_size == 64 || in.group_size == 128, kOp,
+            "QuantizedKV: group_size must be 32, 64 or 128, got " + std::to_string(in.group_size));
+  TW_EXPECT(in.residual >= 0 && in.max_len >= 0 && in.head_dim >= 1 && in.k_codes.ndim >= 2, kOp,
+            "QuantizedKV: residual and max_len must be >= 0 and head_dim >= 1");
+  const int64_t batch = in.k_codes.dim(0), kv_heads = in.k_codes.dim(1), slots = batch * kv_heads;
+  const int64_t tokens = slots * ((in.max_len + 63) / 64), d = in.head_dim;
+  const bool wide = in.bits == 8;
+  const int64_t channel_groups = (d + in.group_size - 1) / in.group_size;
+  const int64_t tail = wide ? 0 : slots * (in.residual + in.group_size - 1) * d;
+  struct Expected {
+    const char* name;
+    const TensorView& t;
+    DType dtype;
+    int64_t size;
+  };
+  const DType scale = wide ? DType::f32 : DType::bf16;
+  const int64_t k_scales =
+      wide ? tokens * 64
+           : slots * ((in.max_len + in.group_size - 1) / in.group_size) * 2 * ((d + 15) / 16 * 16);
+  for (const Expected& e :
+       {Expected{"k_codes", in.k_codes, DType::u8, tokens * 2 * ((d + 3) / 4) * in.bits * 16},
+        Expected{"v_codes", in.v_codes, DType::u8, tokens * ((d + 31) / 32) * 16 * in.bits * 16},
+        Expected{"k_scales", in.k_scales, scale, k_scales},
+        Expected{"v_scales", in.v_scales, scale, tokens * (wide ? 64 : channel_groups * 128)},
+        Expected{"k_tail", in.k_tail, DType::bf16, tail}, Expected{"v_tail", in.v_tail, DType::bf16, tail},
+        Expected{"counts", in.counts, DType::i64, 2}}) {
+    expect_here(kOp, e.name, e.t);
+    TW_EXPECT(e.t.dtype == e.dtype && e.t.is_contiguous() && e.t.numel() == e.size, kOp,
+              "QuantizedKV's " + std::string(e.name) + " must be a contiguous tensor of " +
+                  std::to_string(e.size) + " " + name_of(e.dtype) + ", got " + name_of(e.t.dtype) + " " +
+                  shape_of(e.t) + "; use QuantizedKV.empty and leave its tensors as they are");
+    for (const auto* x : {&k, &v})
+      TW_EXPECT(!overlaps(e.t, *x), kOp, "k and v must not share memory with the cache");
+  }
+  for (const auto* x : {&k, &v}) {
+    expect_here(kOp, "k and v", *x);
+    expect_storage(kOp, "k and v", *x);
+    TW_EXPECT(x->dtype == k.dtype && x->ndim == 4 && x->dim(0) == batch && x->dim(1) == kv_heads &&
+                  x->dim(2) == k.dim(2) && x->dim(3) == d,
+              kOp,
+              "k and v must be (batch, kv_heads, seq, head_dim) = (" + std::to_string(batch) + ", " +
+                  std::to_string(kv_heads) + ", seq, " + std::to_string(d) +
+                  ") with one seq and dtype, got " + shape_of(k) + " and " + shape_of(v));
+    expect_unit_stride(kOp, "k and v", *x);
+  }
+  TW_EXPECT(k.dim(2) <= in.max_len, kOp,
+            "QuantizedKV has room for max_len = " + std::to_string(in.max_len) + " tokens, got " +
+                std::to_string(k.dim(2)));
+  expect_countable(kOp, "tokens", in.max_len + in.residual + in.group_size);
+  expect_countable(kOp, "tokens and heads", 2 * slots * std::max<int64_t>(k.dim(2), 1));
+  tw::cuda::QuantisedAppendArgs a;
+  a.k = heads_of(k), a.v = heads_of(v);
+  a.type = type_of(k.dtype);
+  a.seq = static_cast<int>(k.dim(2));
+  a.codes[0] = in.k_codes.as<uint8_t>(), a.codes[1] = in.v_codes.as<uint8_t>();
+  a.scales[0] = in.k_scales.data, a.scales[1] = in.v_scales.data;
+  a.tails[0] = in.k_tail.as<uint16_t>(), a.tails[1] = in.v_tail.as<uint16_t>();
+  a.counts = in.counts.as<int64_t>();
+  a.batch = static_cast<int>(batch), a.kv_heads = static_cast<int>(kv_heads);
+  a.max_len = static_cast<int>(in.max_len);
+  a.head_dim = static_cast<int>(d), a.bits = static_cast<int>(in.bits),
+  a.group = static_cast<int>(in.group_size);
+  a.residual = static_cast<int>(in.residual);
+  launch(kOp, where, tw::cuda::append_quantised, a);
+}
+
+void gather(Where where, const TensorView& from, const TensorView& from_index, const TensorView& to_index,
+            const TensorView& to) {
+  constexpr const char* kOp = "gather";
+  for (const auto* t : {&from, &to}) {
+    expect_here(kOp, "every tensor", *t);
+    TW_EXPECT(t->ndim == 4, kOp, "tensors must be (rows, heads, tokens, dim), got " + shape_of(*t));
+    expect_unit_stride(kOp, "tensors", *t);
+  }
+  TW_EXPECT(from.dtype == to.dtype && size_of(from.dtype) <= 4 && from.dtype != DType::unsupported &&
+                from.dim(1) == to.dim(1) && from.dim(2) == to.dim(2) && from.dim(3) == to.dim(3),
+            kOp,
+            "tensors must agree in dtype, of up to 4 bytes, and in heads, tokens and dim, got " +
+                shape_of(from) + " " + name_of(from.dtype) + " and " + shape_of(to) + " " +
+                name_of(to.dtype));
+  TW_EXPECT(!overlaps(from, to), kOp, "from and to must not share memory");
+  tw::cuda::GatherArgs a;
+  a.count = from_index ? from_index.dim(0) : to_index ? to_index.dim(0) : std::min(from.dim(0), to.dim(0));
+  for (const auto* t : {&from_index, &to_index}) {
+    if (!*t) continue;
+    expect_here(kOp, "indices", *t);
+    TW_EXPECT(
+        t->ndim == 1 && t->dtype == DType::i64 && t->is_contiguous() && t->dim(0) == a.count, kOp,
+        "indices must be contiguous int64 of one length, got " + shape_of(*t) + " " + name_of(t->dtype));
+  }
+  expect_countable(kOp, "rows", a.count);
+  for (int i = 1; i < 4; ++i) expect_countable(kOp, "elements of a dimension", from.dim(i));
+  a.from = heads_of(from), a.to = heads_of(to);
+  a.from_index = from_index.as<const int64_t>(), a.to_index = to_index.as<const int64_t>();
+  a.from_rows = from.dim(0), a.to_rows = to.dim(0);
+  a.heads = static_cast<int>(from.dim(1)), a.tokens = static_cast<int>(from.dim(2));
+  a.dim = static_cast<int>(from.dim(3)), a.item = static_cast<int>(size_of(from.dtype));
+  launch(kOp, where, tw::cuda::gather, a);
 }
 
 }  // namespace tilewright::cuda

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
         if (at < n) f(at, kept[c]);
       }
     } else {
+#pragma unroll 1
       for (int64_t at = lane * VEC; at < n; at += kStep) {
         summed(at, kept[0]);
         f(at, kept[0]);
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   float mean = 0.0f;
   sum = reduced(sum, 0);
   if (a.centred) {
-    mean = sum / float(n);
+    mean = sum * a.per_column;
     sum = 0.0f;
     each([&](int64_t, float (&t)[VEC]) {
 #pragma unroll
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     });
     sum = reduced(sum, 1);
   }
-  const float rstd = rsqrtf(sum / float(n) + a.eps);
+  const float rstd = rsqrtf(sum * a.per_column + a.eps);
   const bool is_float = a.weight_type == Type::f32;
   each([&](int64_t at, float (&t)[VEC]) {
     float w[VEC], y[VEC];
@@ -112,8 +113,10 @@ cudaError_t launch(const NormArgs& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
-  if (a.rows == 0 || a.n == 0) return cudaSuccess;
+cudaError_t norm(const NormArgs& args, cudaStream_t stream) {
+  if (args.rows == 0 || args.n == 0) return cudaSuccess;
+  NormArgs a = args;
+  a.per_column = 1.0f / float(a.n);
   return with_type(a.type, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = 16 / sizeof(T);

@@ -13,6 +13,7 @@ struct NormArgs {
   uint32_t rows = 0;
   int64_t n = 0;
   float eps = 0;
+  float per_column = 0;                            // 1 / n, set by norm(): a division in the kernel is a call
   Type type = Type::f32, weight_type = Type::f32;  // weight_type: float32 or `type`
   bool centred = false;
 };

@@ -15,7 +15,9 @@ struct Sum {
 struct Max {  // NaN where either is NaN
   __device__ float operator()(float a, float b) const { return a > b || a != a ? a : b; }
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const {
+    return max(a, b);
+  }
 };
 
 // LANES: a power of two; each group of so many lanes by itself.
