@@ -14,7 +14,7 @@ struct BiasTiling {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    attention_grad_bias(const __grid_constant__ GradientLaunch a) {
+    attention_grad_bias_kernel(const __grid_constant__ GradientLaunch a) {
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const q_tile = shared, *const g_tile = q_tile + kRows * kDim,
@@ -106,7 +106,8 @@ template <class T, class Tile>
 cudaError_t launch_tiling(const GradientLaunch& a, cudaStream_t stream) {
   const int64_t* n = a.bias_sizes;
   const int64_t blocks = n[0] * n[1] * ceil_div(n[2], Tile::kRows) * ceil_div(n[3], Tile::kKeys);
-  return launch_shared(attention_grad_bias<T, Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, a, stream);
+  return launch_shared(attention_grad_bias_kernel<T, Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, a,
+                       stream);
 }
 
 template <class T>
