@@ -29,9 +29,20 @@ _PROCESSOR = {
 
 
 def dynamic_shared(kernel: str) -> int:
-    """Bytes that a launcher asks for at most, of a kernel's demangled name: the `Layout` of its file."""
+    """Bytes that a launcher asks for at most, of a kernel's demangled name: the `Layout` or `kSharedBytes` of its
+    file."""
     if wgmma := re.search(r"wgmma_kernel<\w+, ([48])>", kernel):
         return 1024 + 4 * (16384 + 1024 * int(wgmma[1])) + 2 * 4 * 136 * 8 + 32
+    attention = re.search(r"attention_(\w+)_kernel<.*?Tiling<(\d+), (\d+)(?:, (\d+))?", kernel)
+    if attention:
+        dim, second, third = int(attention[2]), int(attention[3]), int(attention[4] or 0)
+        tiles = {
+            "tiles": 16 * second * 4 + 4 * third,
+            "grad_keys": 2 * 64 + 4 * second,
+            "grad_rows": 2 * 64 + 4 * second,
+            "grad_bias": 2 * 64 + 2 * second,
+        }[attention[1]]
+        return tiles * dim * 2 + (2 * second * 48 if attention[1] == "grad_keys" else 0)
     shape = r"(gemm|integer)_kernel<(?:\w+, )?([48]), .*?Shape<(\d+), (\d+), \d+, \d+, \d+>\s?(?:, (\w+))?"
     numbers = re.search(shape, kernel)
     if numbers is None:

@@ -45,6 +45,7 @@ DECODE = [
     (Case("decode_d256_g1", 1, 600, 256, heads=1, kv_heads=1, causal=BOTTOM), BF16),
     (Case("decode_d256_g5", 2, 110, 256, heads=5, kv_heads=1, causal=BOTTOM), FP16),
     (Case("decode_odd_dims", 2, 140, 33, 17, heads=2, kv_heads=2, causal=BOTTOM, layout="bshd"), FP16),
+    (Case("decode_odd_dims_split", 2, 600, 33, 17, heads=2, kv_heads=2, causal=BOTTOM), FP16),
     (Case("decode_one_key", 1, 1, 128, heads=8, kv_heads=2), BF16),
     (Case("decode_misaligned", 1, 600, 64, heads=3, kv_heads=1, layout="offset"), BF16),
     (Case("decode_strided", 1, 100, 64, 128, heads=3, kv_heads=1, layout="bshd"), BF16),
@@ -212,3 +213,30 @@ def test_bits_do_not_depend_on_the_batch() -> None:
     out, _ = attention(t, options)
     alone, _ = attention(t._replace(q=t.q[1:2], k=t.k[1:2], v=t.v[1:2]), options)
     assert_same_bits(out[1:2].contiguous(), alone)
+
+
+def test_empty_calls() -> None:
+    options = Options(0.2, 0.0, 2)
+    for t in (dense(BF16, 1, 3, 0), dense(BF16, 1, 30, 0)):
+        out, lse = attention(t, options)
+        assert (out == 0).all() and (lse == -math.inf).all()
+    out, _ = attention(dense(BF16, 0, 3, 5), options)
+    assert out.shape == (0, 6, 3, 64)
+
+
+def test_what_the_kernels_do_not_take_is_said() -> None:
+    options = Options(0.2)
+    wide = [rand(n, 1, 1, 2, 257, dtype=BF16) for n in "qkv"]
+    with pytest.raises(NotImplementedError, match="head_dim up to 256"):
+        attention(Operands(*wide), options)
+    t = dense(BF16, 1, 2, 5)
+    for wrong, text in (
+        (t._replace(q=t.q.float()), "bfloat16 and float16"),
+        (t._replace(k=t.k.half()), "k must be bfloat16"),
+        (t._replace(v=t.v[:, :, 1:]), "k and v may differ"),
+        (t._replace(q=t.q[:, :5]), "multiple of the key heads"),
+        (t._replace(mask=torch.ones(4, 5, dtype=torch.bool)), "mask must broadcast"),
+        (t._replace(k_end=torch.ones(2, dtype=torch.int64)), "k_end must be contiguous int64"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            attention(wrong, options)

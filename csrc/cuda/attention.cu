@@ -6,7 +6,7 @@ namespace {
 
 // One row of out from its splits, in ascending order, for each warp.
 template <class T>
-__global__ void __launch_bounds__(128) merge_splits(const __grid_constant__ AttentionLaunch a) {
+__global__ void __launch_bounds__(128) attention_merge_kernel(const __grid_constant__ AttentionLaunch a) {
   const int lane = threadIdx.x % 32, rows = int(a.seq_q) * a.group;
   const int64_t number = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   if (number >= a.batch * a.kv_heads * rows) return;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(128) merge_splits(const __grid_constant__ Atte
 cudaError_t attention_merge(const AttentionLaunch& a, cudaStream_t stream) {
   const int64_t blocks = ceil_div(a.batch * a.heads * a.seq_q, 4);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const auto kernel = a.type == Type::bf16 ? merge_splits<bf16> : merge_splits<f16>;
+  const auto kernel = a.type == Type::bf16 ? attention_merge_kernel<bf16> : attention_merge_kernel<f16>;
   kernel<<<unsigned(blocks), 128, 0, stream>>>(a);
   return cudaGetLastError();
 }

@@ -8,7 +8,7 @@ namespace {
 // delta of a row (batch, head, query) for each warp: the sum of grad_out * out, less grad_lse.
 template <class T>
 __global__ void __launch_bounds__(128)
-    attention_delta(const __grid_constant__ GradientLaunch a, int64_t count) {
+    attention_delta_kernel(const __grid_constant__ GradientLaunch a, int64_t count) {
   const int64_t number = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   if (number >= count) return;
   const int query = int(number % a.seq_q), head = int(number / a.seq_q % a.heads);
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(128)
 // Gradients of the slopes and sinks: a block for each head, or for each sequence and head, sums over rows in
 // order.
 __global__ void __launch_bounds__(128)
-    attention_row_sums(const __grid_constant__ GradientLaunch a, bool of_slopes) {
+    attention_row_sums_kernel(const __grid_constant__ GradientLaunch a, bool of_slopes) {
   __shared__ float sums[128];
   const bool each = of_slopes && a.alibi_batch;
   const int head = blockIdx.x % int(a.heads), own = blockIdx.x / int(a.heads);
@@ -72,15 +72,15 @@ cudaError_t attention_backward(const AttentionGradArgs& args, cudaStream_t strea
   a.aligned_out = aligned16(a.grad_q) && aligned16(a.grad_k) && aligned16(a.grad_v);
 
   const int64_t rows = (a.q_start ? 1 : a.batch) * a.heads * a.seq_q;
-  const auto delta = a.type == Type::bf16 ? attention_delta<bf16> : attention_delta<f16>;
+  const auto delta = a.type == Type::bf16 ? attention_delta_kernel<bf16> : attention_delta_kernel<f16>;
   delta<<<unsigned(ceil_div(rows, 4)), 128, 0, stream>>>(a, rows);
   if (const cudaError_t e = cudaGetLastError()) return e;
   if (a.capacity > 0)
     if (const cudaError_t e = gradient_of_keys(a, stream)) return e;
   if (const cudaError_t e = gradient_of_queries(a, stream)) return e;
   if (a.grad_alibi)
-    attention_row_sums<<<unsigned((a.alibi_batch ? a.batch : 1) * a.heads), 128, 0, stream>>>(a, true);
-  if (a.grad_sinks) attention_row_sums<<<unsigned(a.heads), 128, 0, stream>>>(a, false);
+    attention_row_sums_kernel<<<unsigned((a.alibi_batch ? a.batch : 1) * a.heads), 128, 0, stream>>>(a, true);
+  if (a.grad_sinks) attention_row_sums_kernel<<<unsigned(a.heads), 128, 0, stream>>>(a, false);
   if (const cudaError_t e = cudaGetLastError()) return e;
   return has_bias ? gradient_of_bias(a, stream) : cudaSuccess;
 }

@@ -145,10 +145,11 @@ __device__ void join(State<kOut>& to, const float4* out, const float2 (&stat)[2]
 
 // kDim / kOut warps share a block of keys: each has a part of the output's channels.
 template <class T, int kDim, int kOut, class Keys>
-__global__ void __launch_bounds__(kThreads) attention_few(const __grid_constant__ AttentionLaunch a) {
+__global__ void __launch_bounds__(kThreads) attention_few_kernel(const __grid_constant__ AttentionLaunch a) {
   // q as operands, then the states of two warps at a time.
   __shared__ __align__(16) uint4 q[kDim / 16 * 32];
-  __shared__ __align__(16) float4 states[2][kOut / 8 * 32];
+  constexpr int kStride = kOut + kOut / 32 * 8 + 1;  // of a row of the output
+  __shared__ __align__(16) float4 states[2][(16 * kStride + 3) / 4];
   __shared__ float2 stats[2][2][32];
 
   const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits % a.tiles;
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) attention_few(const __grid_constant_
     for (int n = 0; n < kOut / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        tile_out[(g + 8 * half) * kOut + keys.channel(n, e) % kOut] =
+        tile_out[(g + 8 * half) * kStride + Keys::place(keys.channel(n, e) % kOut)] =
             state.out[n][2 * half + e] * (factor * (1 / Keys::kUnit));
   }
   __syncwarp();
@@ -263,9 +264,9 @@ __global__ void __launch_bounds__(kThreads) attention_few(const __grid_constant_
       const int channel = warp * kOut + i;
       if (channel >= a.v_dim) break;
       if (a.splits > 1)
-        partial[channel] = tile_out[r * kOut + i];
+        partial[channel] = tile_out[r * kStride + Keys::place(i)];
       else
-        out[channel] = from_float<T>(tile_out[r * kOut + i]);
+        out[channel] = from_float<T>(tile_out[r * kStride + Keys::place(i)]);
     }
   }
 }
@@ -276,9 +277,9 @@ cudaError_t launch_dim(AttentionLaunch a, cudaStream_t stream) {
   a.tiles = int(ceil_div(rows, 16));
   const int64_t blocks = a.batch * a.kv_heads * a.tiles * a.splits;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const auto kernel = !a.kv.k_codes    ? attention_few<T, kDim, kOut, DenseKeys<T, kDim, kOut>>
-                      : a.kv.bits == 8 ? attention_few<T, kDim, kOut, Int8Keys<T, kDim, kOut>>
-                                       : attention_few<T, kDim, kOut, Int4Keys<T, kDim, kOut>>;
+  const auto kernel = !a.kv.k_codes    ? attention_few_kernel<T, kDim, kOut, DenseKeys<T, kDim, kOut>>
+                      : a.kv.bits == 8 ? attention_few_kernel<T, kDim, kOut, Int8Keys<T, kDim, kOut>>
+                                       : attention_few_kernel<T, kDim, kOut, Int4Keys<T, kDim, kOut>>;
   kernel<<<unsigned(blocks), kThreads, 0, stream>>>(a);
   if (const cudaError_t e = cudaGetLastError()) return e;
   return a.splits > 1 ? attention_merge(a, stream) : cudaSuccess;

@@ -22,7 +22,8 @@ struct Tiling {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) attention_tiles(const __grid_constant__ AttentionLaunch a) {
+__global__ void __launch_bounds__(Tile::kThreads)
+    attention_tiles_kernel(const __grid_constant__ AttentionLaunch a) {
   constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kM = Tile::kRowTiles, kRows = Tile::kRows;
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const q_tile = shared, *const kv_tiles = shared + kRows * kDim;
@@ -207,7 +208,7 @@ cudaError_t launch_tiles(AttentionLaunch a, cudaStream_t stream) {
   a.tiles = int(a.q_start ? rows / Tile::kRows + a.batch : ceil_div(rows, Tile::kRows));
   const int64_t blocks = int64_t(a.tiles) * a.kv_heads * (a.q_start ? 1 : a.batch) * a.splits;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const auto kernel = attention_tiles<T, Tile>;
+  const auto kernel = attention_tiles_kernel<T, Tile>;
   if (const cudaError_t e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes))
     return e;

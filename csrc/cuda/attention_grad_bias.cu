@@ -9,12 +9,12 @@ template <int kDim_, int kKeys_>
 struct BiasTiling {
   static constexpr int kDim = kDim_, kKeys = kKeys_, kRows = 64, kThreads = 128;
   static constexpr int kSharedBytes = (2 * kRows + 2 * kKeys) * kDim * 2;
-  static_assert(kRows * kKeys * 4 <= kSharedBytes, "the tile of the gradient goes there at the end");
+  static_assert(kRows * (kKeys + 8) * 4 <= kSharedBytes, "the tile of the gradient goes there at the end");
 };
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    attention_grad_bias(const __grid_constant__ GradientLaunch a) {
+    attention_grad_bias_kernel(const __grid_constant__ GradientLaunch a) {
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const q_tile = shared, *const g_tile = q_tile + kRows * kDim,
@@ -85,18 +85,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
   }
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(shared);
+  constexpr int kStride = kKeys + 8;
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      sums[(warp * 16 + g + e / 2 * 8) * kKeys + i * 8 + 2 * t + e % 2] = total[i][e];
+      sums[(warp * 16 + g + e / 2 * 8) * kStride + i * 8 + 2 * t + e % 2] = total[i][e];
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kKeys; i += Tile::kThreads) {
     const int row = tile_m * kRows + i / kKeys, column = tile_n * kKeys + i % kKeys;
     if (row >= sizes[2] || column >= sizes[3]) continue;
     float sum = 0;
     for (int m = i / kKeys; m < (sizes[2] == 1 ? kRows : i / kKeys + 1); ++m)
-      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * kKeys + n];
+      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * kStride + n];
     a.grad_bias[((int64_t(own_batch) * sizes[1] + own_head) * sizes[2] + row) * sizes[3] + column] = sum;
   }
 }
@@ -105,7 +106,8 @@ template <class T, class Tile>
 cudaError_t launch_tiling(const GradientLaunch& a, cudaStream_t stream) {
   const int64_t* n = a.bias_sizes;
   const int64_t blocks = n[0] * n[1] * ceil_div(n[2], Tile::kRows) * ceil_div(n[3], Tile::kKeys);
-  return launch_shared(attention_grad_bias<T, Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, a, stream);
+  return launch_shared(attention_grad_bias_kernel<T, Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, a,
+                       stream);
 }
 
 template <class T>

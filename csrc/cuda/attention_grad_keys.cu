@@ -17,7 +17,7 @@ struct KeyTiling {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    attention_grad_keys(const __grid_constant__ GradientLaunch a) {
+    attention_grad_keys_kernel(const __grid_constant__ GradientLaunch a) {
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const k_tile = shared, *const v_tile = k_tile + kKeys * kDim,
@@ -103,8 +103,9 @@ template <class T, class Tile>
 cudaError_t launch_tiling(GradientLaunch a, cudaStream_t stream) {
   const bool packed = a.packed_keys && a.k_start;
   a.tiles = int(packed ? a.capacity / Tile::kKeys + a.batch : ceil_div(a.capacity, Tile::kKeys));
-  return launch_shared(attention_grad_keys<T, Tile>, int64_t(a.tiles) * a.kv_heads * (packed ? 1 : a.batch),
-                       Tile::kThreads, Tile::kSharedBytes, a, stream);
+  return launch_shared(attention_grad_keys_kernel<T, Tile>,
+                       int64_t(a.tiles) * a.kv_heads * (packed ? 1 : a.batch), Tile::kThreads,
+                       Tile::kSharedBytes, a, stream);
 }
 
 template <class T, bool kGeneral>

@@ -14,7 +14,7 @@ struct RowTiling {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    attention_grad_rows(const __grid_constant__ GradientLaunch a) {
+    attention_grad_rows_kernel(const __grid_constant__ GradientLaunch a) {
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   extern __shared__ __align__(128) uint16_t shared[];
   uint16_t *const q_tile = shared, *const g_tile = q_tile + kRows * kDim,
@@ -104,7 +104,7 @@ template <class T, class Tile>
 cudaError_t launch_tiling(GradientLaunch a, cudaStream_t stream) {
   const int64_t rows = a.seq_q * a.group;
   a.tiles = int(a.q_start ? rows / Tile::kRows + a.batch : ceil_div(rows, Tile::kRows));
-  return launch_shared(attention_grad_rows<T, Tile>,
+  return launch_shared(attention_grad_rows_kernel<T, Tile>,
                        int64_t(a.tiles) * a.kv_heads * (a.q_start ? 1 : a.batch), Tile::kThreads,
                        Tile::kSharedBytes, a, stream);
 }

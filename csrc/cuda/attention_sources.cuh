@@ -11,9 +11,9 @@
 //   key_operand       b of step j (16 channels) and tile i
 //   value_operand     b of step h (16 keys) and tile n; keep: ones where some row attends the key
 //   tile_of, column_of   of the i-th of the 4 keys that a lane multiplies in step h
-//   kUnit             what the probabilities are multiplied with beside value_factor
-//   kParts            in how many numbers of T a probability times its factor is multiplied: the factor would
-//   be rounded
+//   place(c)          where channel c of a row of the output lies in shared memory, so that lanes use
+//   different banks kUnit             what the probabilities are multiplied with beside value_factor kParts
+//   in how many numbers of T a probability times its factor is multiplied: the factor would be rounded
 //                     in one, and with it all of a token
 #pragma once
 #include "attention_rows.cuh"
@@ -104,6 +104,7 @@ struct DenseKeys {
   __device__ int key(int i, int e) const { return 8 * i + 2 * t + e; }
   __device__ int channel(int n, int e) const { return part * kOut + n / 8 * 64 + 16 * t + 8 * e + n % 8; }
   __device__ int first_channel(int j) const { return j / 2 * 32 + 8 * t + j % 2 * 4; }
+  __device__ static int place(int c) { return c + c / 32 * 8; }
 
   // The row of a key in x, or null.
   __device__ const uint16_t* row(const Heads& x, int key, Range seen) {
@@ -205,6 +206,7 @@ struct Int8Keys : CodeKeys {
   using CodeKeys::CodeKeys;
   __device__ int key(int i, int e) const { return 16 * e + 4 * t + i; }
   __device__ int channel(int n, int e) const { return part * kOut + n / 4 * 32 + 8 * t + 4 * e + n % 4; }
+  __device__ static int place(int c) { return c; }
 
   __device__ void load_scales(float (&to)[8], const void* scales, int block) const {
     const auto* from =
@@ -260,6 +262,7 @@ struct Int4Keys : CodeKeys {
 
   using CodeKeys::CodeKeys;
   __device__ int key(int i, int e) const { return 4 * t + 2 * e + i % 2 + i / 2 * 16; }
+  __device__ static int place(int c) { return c / 32 * 32 + c % 16 / 4 * 8 + c / 16 % 2 * 4 + c % 4; }
   __device__ int channel(int n, int e) const {
     return part * kOut + n / 4 * 32 + 4 * t + 2 * e + n % 2 + n % 4 / 2 * 16;
   }
