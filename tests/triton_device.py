@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,13 +36,11 @@ if INTERPRETED:
     InterpreterBuilder.create_splat = _create_splat
 else:
     from ptx import Module, Report
-    from triton.backends.nvidia.compiler import CUDABackend
 
     from tilewright.bench.triton_compile import Launch, launches
 
 # What Triton's interpreter computes rightly, or what the kernels take.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
-CACHE = Path(__file__).parent.parent / "build" / "triton"
 
 
 class Device:
@@ -104,15 +101,8 @@ def running(device: Device | None = None) -> Iterator[Device]:
         if INTERPRETED:
             yield device
             return
-        assemble, folder = CUDABackend.make_cubin, triton.knobs.cache.dir
-        # PTX is what is run; its cache is no place for kernels without machine code.
-        CUDABackend.make_cubin = lambda *_: b""
-        triton.knobs.cache.dir = str(CACHE)
-        try:
-            with launches("sm_80", run=device.launch):
-                yield device
-        finally:
-            CUDABackend.make_cubin, triton.knobs.cache.dir = assemble, folder
+        with launches("sm_80", run=device.launch):
+            yield device
     finally:
         torch.use_deterministic_algorithms(False)
         registry.TRITON_DEVICES.discard("cpu")
