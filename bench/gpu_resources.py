@@ -232,6 +232,15 @@ def markdown(table: dict[str, list[tuple]]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, table: dict[str, list]) -> None:
+    """A line of the file for each line of the tables."""
+    body = ",\n".join(
+        f' "{name}": [\n' + ",\n".join(f"  {json.dumps(line)}" for line in found) + "\n ]"
+        for name, found in table.items()
+    )
+    path.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=SHIPPED, choices=TARGETS)
@@ -251,15 +260,13 @@ def main() -> int:
     if options.json:
         if options.json.exists():
             before = json.loads(options.json.read_text())
-            table = {target: table.get(target, before.get(target, [])) for target in SHIPPED} | table
-        body = ",\n".join(
-            f' "{t}": [\n' + ",\n".join(f"  {json.dumps(x)}" for x in found) + "\n ]" for t, found in table.items()
-        )
-        options.json.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
+            table = {name: table.get(name, before.get(name, [])) for name in (*SHIPPED, "executed")} | table
+        write(options.json, table)
     if options.docs:
         before, _, rest = options.docs.read_text().partition("<!-- resources -->\n")
         _, _, after = rest.partition("<!-- /resources -->\n")
-        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(table)}\n<!-- /resources -->\n{after}")
+        shipped = {target: found for target, found in table.items() if target != "executed"}
+        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(shipped)}\n<!-- /resources -->\n{after}")
     print(f"{bad} spill registers or need too much shared memory")
     return bool(bad)
 
