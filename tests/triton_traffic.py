@@ -31,12 +31,12 @@ def reports(case: str) -> list[Report]:
 
 def row(case: str, report: Report) -> tuple:
     mma = sum(n for i, n in zip(report.instructions, report.executed, strict=True) if i.text.startswith("mma"))
-    shared, least = (sum(getattr(t, name) for t in report.traffic) for name in ("wavefronts", "ideal_wavefronts"))
+    ways, least = (sum(getattr(t, name) for t in report.traffic) for name in ("wavefronts", "ideal_wavefronts"))
     sectors, ideal = (sum(getattr(t, name) for t in report.traffic) for name in ("sectors", "ideal_sectors"))
+    loaded = sum(t.sectors for t in report.traffic if "st.global" not in t.instruction.text) // 32
     return (
         case, report.kernel, len(report.instructions), len(report.never_executed()), report.warp_instructions, mma,
-        sum(t.sectors for t in report.traffic if "st.global" not in t.instruction.text) // 32, round(shared / least, 3) if least else 0.0,
-        round(sectors / ideal, 3) if ideal else 0.0,
+        loaded, round(ways / least, 3) if least else 0.0, round(sectors / ideal, 3) if ideal else 0.0,
     )  # fmt: skip
 
 
