@@ -249,6 +249,19 @@ def test_the_gpus_order_is_made_once_and_anew_after_a_write() -> None:
     assert_same_bits(gpu_weight(weight.packed, *weight.spec()).rows(torch.arange(33)), other.dequantize())
 
 
+def test_residual_and_gated_mlp() -> None:
+    x, down, _ = inputs(Case(6, 40, 96), FP32)
+    _, gate_up, _ = inputs(Case(6, 192, 40), FP32)
+    y, residual = torch.randn(6, 40, generator=seeded("y")), torch.randn(6, 40, generator=seeded("residual"))
+    options = {"residual": residual, "activation": "fp32"}
+    with running():
+        out = tilewright.quantized_linear(x, down, **options, backend="triton")
+        mlp = tilewright.ops.gated_mlp(y, gate_up, down, **options, backend="triton")
+    assert tilewright.last_impl("silu_mul") == tilewright.last_impl("quantized_linear") == "triton"
+    torch.testing.assert_close(out, tilewright.quantized_linear(x, down, **options), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mlp, tilewright.ops.gated_mlp(y, gate_up, down, **options), rtol=1e-5, atol=1e-5)
+
+
 def test_empty() -> None:
     weight = inputs(Case(1, 33, 64), FP32)[1]
     assert run(torch.empty(0, 64), weight, None, "fp32").shape == (0, 33)
