@@ -78,14 +78,16 @@ _SIZES = ("ROWS", "COLUMNS", "HEADS", "SPLITS")
 
 
 @contextmanager
-def launches(target: str, every: bool = False, run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+def launches(
+    target: str, choice: int | None = 0, run: Callable[[Launch], None] | None = None
+) -> Iterator[list[Launch]]:
     """Inside, what launchers launch goes to the list, and to ``run``, instead of to a GPU: as ``target`` would get it,
-    in the first configuration or in ``every`` one."""
+    in the configuration with the number ``choice``, or the last if there are not so many, or (None) in every one."""
     limit = TARGETS[target][1]
     found: list[Launch] = []
 
     def note(kernel, grid, arguments, configs, key, options) -> None:
-        for config in configs if every else configs[:1]:
+        for config in configs if choice is None else [configs[min(choice, len(configs) - 1)]]:
             chosen = arguments | config.kwargs
             programs = grid(chosen) if callable(grid) else grid
             size = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -95,8 +95,8 @@ def naive(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: s
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    with running():
+def run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str, choice: int = 0) -> Tensor:
+    with running(choice=choice):
         return tilewright.quantized_linear(x, weight, bias, activation=activation, backend="triton")
 
 
@@ -107,6 +107,16 @@ def test_error_rule(case: Case, dtype: torch.dtype, activation: str) -> None:
     assert tilewright.last_impl("quantized_linear") == "triton"
     ref = quantized_linear_reference(x, weight, bias, activation=activation)
     assert_close(out, ref, naive(x, weight, bias, activation), dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the PTX has the configurations that this is about")
+@pytest.mark.parametrize("activation", ("bf16", "int8"))
+@pytest.mark.parametrize("m", (16, 30, 60, 130))
+def test_other_configurations(m: int, activation: str) -> None:
+    x, weight, bias = inputs(Case(m, 130, 200, "int4", 64, "zero", True), BF16)
+    ref = quantized_linear_reference(x, weight, bias, activation=activation)
+    for choice in (1, 2, 3):
+        assert_close(run(x, weight, bias, activation, choice), ref, naive(x, weight, bias, activation), BF16)
 
 
 @pytest.mark.parametrize("m", (1, 6, 70))

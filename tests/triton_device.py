@@ -9,7 +9,7 @@ their cases, else a choice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -91,9 +91,9 @@ def _leaves(types: object, values: object) -> Iterator[object]:
 
 
 @contextmanager
-def running(device: Device | None = None) -> Iterator[Device]:
-    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named;
-    torch.empty gives NaN, so that nothing relies on old contents."""
+def running(device: Device | None = None, choice: int = 0) -> Iterator[Device]:
+    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named,
+    each kernel in the configuration with the number ``choice`` (or the last); torch.empty gives NaN, so that nothing relies on old contents."""
     device = device or _devices[-1]
     registry.TRITON_DEVICES.add("cpu")
     torch.use_deterministic_algorithms(True)
@@ -101,13 +101,8 @@ def running(device: Device | None = None) -> Iterator[Device]:
         if INTERPRETED:
             yield device
             return
-        with launches("sm_80", run=device.launch):
+        with launches("sm_80", choice, device.launch):
             yield device
     finally:
         torch.use_deterministic_algorithms(False)
         registry.TRITON_DEVICES.discard("cpu")
-
-
-def chosen(cases: Sequence, every: int) -> list:
-    """All cases in a sweep, else one of ``every`` so many."""
-    return list(cases) if SWEEP else list(cases[:: max(every, 1)])
