@@ -92,8 +92,9 @@ def _leaves(types: object, values: object) -> Iterator[object]:
 
 @contextmanager
 def running(device: Device | None = None, choice: int = 0) -> Iterator[Device]:
-    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named,
-    each kernel in the configuration with the number ``choice`` (or the last); torch.empty gives NaN, so that nothing relies on old contents."""
+    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named, each kernel
+    in the configuration with the number ``choice`` (or the last). torch.empty gives NaN, so that nothing relies on old
+    contents."""
     device = device or _devices[-1]
     registry.TRITON_DEVICES.add("cpu")
     torch.use_deterministic_algorithms(True)
