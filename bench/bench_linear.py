@@ -1,7 +1,8 @@
-"""Quantised linear layers beside torch's int4pack and int8pack kernels and its bf16 linear (oneDNN)."""
+"""Quantised linear layers beside torch's int4pack and int8pack kernels, its bf16 linear, and ggml's mul_mat."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tilewright.quant import QuantizedWeight, from_gguf, quantize_weight
 from tilewright.quant.weight import pack_bf16
 
 from . import main
+from .ggml import MulMat
 from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 BF16 = torch.bfloat16
@@ -67,7 +69,7 @@ SHAPES = (
 def case(shape: Shape, peers: Sequence[str]) -> Case:
     """Inputs, candidates and check for one shape."""
     torch.manual_seed(0)
-    weight, scales = _weight(shape)
+    weight, scales, raw = _weight(shape)
     x = torch.randn(shape.m, shape.k)
     dense = weight.dequantize()
     operations = 2 * shape.m * shape.n * shape.k
@@ -82,6 +84,10 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
     if "torch" in peers:
         for name, run, operands, weight_bytes in _torch(shape, x.to(BF16), dense, scales):
             candidates.append(Candidate(name, "torch", run, operands, work(weight_bytes, "bf16", 2)))
+    if "llama_cpp" in peers and raw is not None and importlib.util.find_spec("llama_cpp"):
+        product = MulMat(x, raw, shape.gguf)
+        name = f"ggml mul_mat ({product.buffer_type})"
+        candidates.append(Candidate(name, "llama_cpp", MulMat.run, (product,), work(raw.nbytes, "int8", 4)))
     # The rows are independent, so a few of them stand for all.
     rows = sorted({0, shape.m - 1, *range(0, shape.m, max(1, shape.m // _CHECKED_ROWS))})
     expected = quantized_linear_reference(x[rows], weight, activation="fp32")
@@ -90,20 +96,20 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
         "linear",
         shape.name,
         candidates,
-        lambda out: relative_error(out[rows], expected),
+        lambda out: relative_error((out.result() if isinstance(out, MulMat) else out)[rows], expected),
         tolerance=0.03,  # what int8 activations and torch's bf16 scales lose
         cold_bytes=shape.cold_bytes,
     )
 
 
-def _weight(shape: Shape) -> tuple[QuantizedWeight, Tensor]:
-    """The weight and, for what torch's kernels can represent, its scales (n, groups)."""
+def _weight(shape: Shape) -> tuple[QuantizedWeight, Tensor, Tensor | None]:
+    """The weight, for what torch's kernels can represent its scales (n, groups), and its bytes of a GGUF type."""
     if shape.bits == 16:
-        return pack_bf16(torch.randn(shape.n, shape.k) * 0.02), torch.ones(shape.n, 1)
+        return pack_bf16(torch.randn(shape.n, shape.k) * 0.02), torch.ones(shape.n, 1), None
     if not shape.gguf:
         weight = quantize_weight(torch.randn(shape.n, shape.k) * 0.02, shape.bits, shape.group)
         groups = weight.dequantize().view(shape.n, -1, shape.k if shape.group == -1 else shape.group)
-        return weight, groups.abs().amax(-1) / (2 ** (shape.bits - 1) - 1)
+        return weight, groups.abs().amax(-1) / (2 ** (shape.bits - 1) - 1), None
     columns, size, halves = _GGUF_BLOCKS[shape.gguf]
     blocks = torch.randint(0, 256, (shape.n, shape.k // columns, size), dtype=torch.uint8)
     scales = torch.rand(shape.n, shape.k // columns, len(halves)) * 0.01 + 0.001
@@ -113,7 +119,8 @@ def _weight(shape: Shape) -> tuple[QuantizedWeight, Tensor]:
         scales[..., 1] = scales[..., 0] * 7.5
     for i, at in enumerate(halves):
         blocks[..., at : at + 2] = scales[..., i : i + 1].half().view(torch.uint8)
-    return from_gguf(blocks.flatten(1), shape.gguf, (shape.n, shape.k)), scales[..., 0].half().float()
+    raw = blocks.flatten(1)
+    return from_gguf(raw, shape.gguf, (shape.n, shape.k)), scales[..., 0].half().float(), raw
 
 
 def _torch(shape: Shape, x: Tensor, dense: Tensor, scales: Tensor) -> list[tuple[str, Any, tuple[Any, ...], int]]:

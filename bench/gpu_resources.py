@@ -21,7 +21,7 @@ import torch
 import tilewright
 from tilewright.bench.triton_compile import TARGETS, Launch, launches, resources
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options
-from tilewright.quant.weight import pack
+from tilewright.quant.weight import QuantizedWeight, pack, pack_bf16
 
 SHIPPED = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = ("case", "kernel", "blocks", "warps", "stages", "registers", "spilled", "shared", "occupancy")
@@ -81,6 +81,16 @@ def _linear() -> Iterator[tuple[str, Call]]:
     from tilewright.triton_kernels.weight import gpu_weight
 
     n, k = 256, 512
+    sizes = torch.zeros(4, dtype=torch.int64)
+
+    def calls(packed: QuantizedWeight, dtype: torch.dtype, activation: str, rows: tuple[int, ...]) -> Iterator:
+        weight = gpu_weight(packed.packed, *packed.spec())
+        for m in rows:
+            x, name = empty(m, k, dtype=dtype), f"{packed.format} {str(dtype)[6:]} {activation} m={m}"
+            yield f"linear {name}", lambda x=x: linear(x, weight, None, activation)
+            if m >= 64 and packed.group_size == 32:
+                yield f"grouped linear {name}", lambda x=x: linear(x, weight, None, activation, sizes)
+
     ways = [(BF16, "bf16"), (BF16, "int8")]
     for kind, group, offset, more in (
         ("int4", 32, "none", [(FP16, "fp32"), (FP32, "fp32"), (BF16, "int8_token")]),
@@ -90,12 +100,13 @@ def _linear() -> Iterator[tuple[str, Call]]:
         codes, scales = torch.zeros(n, k, dtype=torch.uint8), torch.ones(n, groups)
         zeros = torch.zeros(n, groups, dtype=torch.uint8)
         packed = pack(codes, scales, {"none": None, "zero": zeros, "min": scales}[offset], kind, group, offset)
-        weight = gpu_weight(packed.packed, *packed.spec())
         for dtype, activation in ways + more:
-            for m in (1, 4, 16, 32, 64, 128):
-                name = f"linear {packed.format} {str(dtype)[6:]} {activation} m={m}"
-                x = empty(m, k, dtype=dtype)
-                yield name, lambda x=x, w=weight, a=activation: linear(x, w, None, a)
+            yield from calls(packed, dtype, activation, (1, 4, 16, 32, 64, 128))
+    for packed in (
+        pack(codes, torch.ones(n, k // 64), None, "nf4", 64), pack(codes, torch.ones(n, 1), None, "e4m3", -1),
+        pack_bf16(torch.zeros(n, k)),
+    ):  # fmt: skip
+        yield from calls(packed, BF16, "bf16", (1, 16, 64, 128))
 
 
 def _attention() -> Iterator[tuple[str, Call]]:
@@ -115,7 +126,7 @@ def _attention() -> Iterator[tuple[str, Call]]:
 
     starts, seed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for dtype in (BF16, FP16, FP32):
-        for d in (64, 128, 256, 512):
+        for d in (64, 128, 256, 512) if dtype != FP16 else (128,):  # float16 takes bfloat16's configurations
             name, plain = f"{str(dtype)[6:]} head_dim={d}", Options(d**-0.5, 0.0, causal)
             t = operands(d, 1024, 1024, 8, dtype)
             yield from both(name, t, plain)
@@ -149,7 +160,7 @@ def configurations(target: str) -> Iterator[tuple[str, Launch]]:
     for name, call in cases():
         if target in REFUSED and REFUSED[target].match(name):
             continue
-        with launches(target, every=True) as found:
+        with launches(target, choice=None) as found:
             call()
         seen = set()
         for one in found:
@@ -177,9 +188,16 @@ def occupancy(target: str, found: dict[str, int]) -> float:
     return min(blocks, registers // per_warp // warps, threads // (warps * lanes)) * warps * lanes / threads
 
 
+_known: dict[str, dict[str, int]] = {}  # by the hash of what was compiled: cases share kernels
+
+
 def row(target: str, case: str, launch: Launch) -> tuple:
     """A line of the table."""
-    found = resources(launch.compiled())
+    compiled = launch.compiled()
+    key = compiled.metadata.hash
+    if key not in _known:
+        _known[key] = resources(compiled)
+    found = _known[key]
     numbers = found["registers"], found["spilled"], found["shared"], round(occupancy(target, found), 3)
     return case, *describe(launch), *numbers
 
@@ -214,6 +232,15 @@ def markdown(table: dict[str, list[tuple]]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, table: dict[str, list]) -> None:
+    """A line of the file for each line of the tables."""
+    body = ",\n".join(
+        f' "{name}": [\n' + ",\n".join(f"  {json.dumps(line)}" for line in found) + "\n ]"
+        for name, found in table.items()
+    )
+    path.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=SHIPPED, choices=TARGETS)
@@ -231,14 +258,15 @@ def main() -> int:
             print(message or ".", end="\n" if message else "", flush=True)
         print(f" {target}: {len(lines)} configurations")
     if options.json:
-        body = ",\n".join(
-            f' "{t}": [\n' + ",\n".join(f"  {json.dumps(x)}" for x in found) + "\n ]" for t, found in table.items()
-        )
-        options.json.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
+        if options.json.exists():
+            before = json.loads(options.json.read_text())
+            table = {name: table.get(name, before.get(name, [])) for name in (*SHIPPED, "executed")} | table
+        write(options.json, table)
     if options.docs:
         before, _, rest = options.docs.read_text().partition("<!-- resources -->\n")
         _, _, after = rest.partition("<!-- /resources -->\n")
-        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(table)}\n<!-- /resources -->\n{after}")
+        shipped = {target: found for target, found in table.items() if target != "executed"}
+        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(shipped)}\n<!-- /resources -->\n{after}")
     print(f"{bad} spill registers or need too much shared memory")
     return bool(bad)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from tilewright import _C
@@ -65,11 +66,16 @@ def _run(options: argparse.Namespace, n_threads: int) -> int:
 def _peers(options: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, str]]:
     """Those that take part, and why the others that were asked for do not."""
     here = machine.installed()
-    possible = PEERS if options.op in ("all", "llm") else ("torch",)
+    possible = PEERS if options.op in ("all", "llm") else _kernel_peers(options.op, PEERS)
     asked = possible if options.peers is None else options.peers
     skipped = {name: "not installed" for name in asked if name not in here}
     skipped |= {name: "compared end to end only, by `tilewright bench llm`" for name in asked if name not in possible}
     return tuple(name for name in asked if name not in skipped), skipped
+
+
+def _kernel_peers(op: str, peers: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``peers`` that have something like op by itself."""
+    return tuple(name for name in peers if name == "torch" or (name == "llama_cpp" and op == "linear"))
 
 
 def _heading(description: dict[str, Any], load: machine.Load) -> str:
@@ -94,7 +100,7 @@ def _kernels(op: str, options: argparse.Namespace, peers: tuple[str, ...], n_thr
     shapes = [s for s in bench.SHAPES if not options.shapes or any(part in s.name for part in options.shapes)]
     if not shapes:
         return []
-    kernel_peers = tuple(name for name in peers if name == "torch")
+    kernel_peers = _kernel_peers(op, peers)
     table = report.Table(kernel_peers, max(len(shape.name) for shape in shapes))
     print(f"\n{op}\n{table.header()}")
     collected = []

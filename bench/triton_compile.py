@@ -6,13 +6,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import triton
 from triton import knobs
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
@@ -56,13 +59,15 @@ class Launch:
     target: str
 
     def compiled(self) -> CompiledKernel:
-        """The kernel, specialised for the arguments as on a GPU."""
-        before = driver._active
-        driver.set_active(_Driver(TARGETS[self.target][0]))
-        try:
+        """The kernel, specialised for the arguments as on a GPU, without machine code: `resources` assembles it."""
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(driver, "_active", _Driver(TARGETS[self.target][0])))
+            stack.enter_context(
+                patch.object(knobs.cache, "dir", str(Path(knobs.cache.dir) / "assembly"))
+            )  # not a GPU's
+            stack.enter_context(patch.object(CUDABackend, "make_cubin", lambda *_: b""))
+            stack.enter_context(patch.object(HIPBackend, "make_hsaco", lambda *_: b""))
             return self.kernel.warmup(grid=(1,), **self.arguments, **self.options)
-        finally:
-            driver._active = before
 
     def blocks(self) -> dict[str, int]:
         """The sizes that the configuration chose, or the launcher for it."""
@@ -73,17 +78,21 @@ _SIZES = ("ROWS", "COLUMNS", "HEADS", "SPLITS")
 
 
 @contextmanager
-def launches(target: str, every: bool = False, run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+def launches(
+    target: str, choice: int | None = 0, run: Callable[[Launch], None] | None = None
+) -> Iterator[list[Launch]]:
     """Inside, what launchers launch goes to the list, and to ``run``, instead of to a GPU: as ``target`` would get it,
-    in the first configuration or in ``every`` one."""
+    in the configuration with the number ``choice``, or the last if there are not so many, or (None) in every one."""
     limit = TARGETS[target][1]
     found: list[Launch] = []
 
     def note(kernel, grid, arguments, configs, key, options) -> None:
-        for config in configs if every else configs[:1]:
+        for config in configs if choice is None else [configs[min(choice, len(configs) - 1)]]:
             chosen = arguments | config.kwargs
             programs = grid(chosen) if callable(grid) else grid
             size = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            if config.maxnreg and TARGETS[target][0].backend == "cuda":
+                size["maxnreg"] = config.maxnreg
             found.append(Launch(kernel, programs[0], chosen, options | size, target))
             if run is not None:
                 run(found[-1])

@@ -147,13 +147,27 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear", [](const TensorView& x, const TensorView& packed, int64_t n, int64_t k, int codes,
                      int64_t group_size, int offset, int scale, const TensorView& bias,
-                     const TensorView& columns, const TensorView& group_sizes, const std::string& activation,
-                     double outlier_threshold, const TensorView& out) {
+                     const TensorView& residual, const TensorView& columns, const TensorView& group_sizes,
+                     const std::string& activation, double outlier_threshold, const TensorView& out) {
     launch([&] {
       linear(x, packed, {n, k, codes, group_size, offset, scale},
-             {bias, columns, group_sizes, activation, outlier_threshold}, out);
+             {bias, residual, columns, group_sizes, activation, outlier_threshold}, out);
     });
   });
+  m.def(
+      "gated_mlp", [](const TensorView& x, const TensorView& gate_up, int64_t gate_up_n, int64_t gate_up_k,
+                      int gate_up_codes, int64_t gate_up_group_size, int gate_up_offset, int gate_up_scale,
+                      const TensorView& down, int64_t down_n, int64_t down_k, int down_codes,
+                      int64_t down_group_size, int down_offset, int down_scale,
+                      const TensorView& gate_up_bias, const TensorView& down_bias, const TensorView& residual,
+                      const std::string& act, const std::string& activation, const TensorView& out) {
+        launch([&] {
+          gated_mlp(x, gate_up,
+                    {gate_up_n, gate_up_k, gate_up_codes, gate_up_group_size, gate_up_offset, gate_up_scale},
+                    down, {down_n, down_k, down_codes, down_group_size, down_offset, down_scale},
+                    {gate_up_bias, down_bias, residual, act, activation}, out);
+        });
+      });
   m.def("packed_block_bytes", [](int64_t n, int64_t k, int codes, int64_t group_size, int offset, int scale) {
     return packed_block_bytes({n, k, codes, group_size, offset, scale});
   });

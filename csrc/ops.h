@@ -23,18 +23,27 @@ struct WeightFormat {
   int64_t group_size = 32;
   int offset = 0, scale = 0;
 };
-// Rows of x beside the activation mode: columns, int64 (k), says which column of x each packed column
-// multiplies; |x| >= outlier_threshold > 0 is multiplied in fp32 where the others are integers. group_sizes,
-// int64 (groups): the weight and the bias are those of so many matrices, one below the other, and x (rows, k)
-// holds the rows of each in turn.
+// Beside the activation mode: residual, of out's shape and dtype, is added before the result is rounded;
+// columns, int64 (k), says which column of x each packed column multiplies; |x| >= outlier_threshold > 0 is
+// multiplied in fp32 where the others are integers. group_sizes, int64 (groups): the weight and the bias are
+// those of so many matrices, one below the other, and x (rows, k) holds the rows of each in turn.
 struct LinearOptions {
-  const TensorView &bias, &columns, &group_sizes;
+  const TensorView &bias, &residual, &columns, &group_sizes;
   const std::string& activation;
   double outlier_threshold = 0;
 };
-// out = x @ w.T + bias. bias is float32.
+// out = x @ w.T + bias + residual. bias is float32.
 void linear(const TensorView& x, const TensorView& packed, const WeightFormat& format,
             const LinearOptions& options, const TensorView& out);
+
+// out = residual + act(x @ gate.T) * (x @ up.T) @ down.T, with biases; gate's rows stand above up's.
+struct GatedMlpOptions {
+  const TensorView &gate_up_bias, &down_bias, &residual;
+  const std::string &act, &activation;
+};
+void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightFormat& gate_up_format,
+               const TensorView& down, const WeightFormat& down_format, const GatedMlpOptions& options,
+               const TensorView& out);
 
 int64_t packed_block_bytes(const WeightFormat& format);
 // codes uint8 (n, k), scales float32 (n, groups), offsets absent, uint8 or float32 (n, groups).

@@ -306,7 +306,7 @@ def test_cache_survives_a_broken_forward(models: tuple[Any, Any], monkeypatch: p
     layers = model._bound
     calls = []
 
-    def fail(x: torch.Tensor) -> torch.Tensor:
+    def fail(x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor:
         calls.append(x)
         raise Interrupted
 

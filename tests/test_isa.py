@@ -30,7 +30,7 @@ EXPECTED = {
     "avxvnni": ("avx2", "avxvnni", "avx2"),
     "avx512": ("avx512", "avx512", "avx512"),
     "avx512bf16": ("avx512bf16", "avx512", "avx512"),
-    "amx": ("amx", "avx512", "avx512"),
+    "amx": ("amx", "amx", "avx512"),
 }
 
 

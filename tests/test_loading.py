@@ -17,6 +17,7 @@ from tiny import edit_config, one_thread  # noqa: F401  (a fixture)
 from tilewright import AutoModelForCausalLM
 from tilewright.io.errors import FormatError
 from tilewright.io.pull import pull
+from tilewright.models.linear import dense_dtype
 from tilewright.models.saver import parse_size
 from tilewright.quant import quantize_weight
 
@@ -107,15 +108,16 @@ def test_dtypes(stored: torch.dtype, dtype: Any, tmp_path: Path) -> None:
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = {"auto": torch.bfloat16 if stored == torch.bfloat16 else torch.float32}.get(dtype, dtype)
-    assert model.head.weight.dtype == (torch.float32 if expected == "float32" else expected)
+    expected = torch.float32 if expected == "float32" else expected
+    assert dense_dtype(model.head) == dense_dtype(model.layers[0].qkv) == expected
     ids = tiny.prompts(1, 12)
     logits = model(ids).logits
     assert logits.dtype == torch.float32
     with torch.no_grad():
         exact = reference.double()(ids).logits
     error = (logits - exact).abs().max() / exact.abs().max()
-    assert error < (1e-5 if model.head.weight.dtype == torch.float32 else 0.03)
-    assert model.cache_dtype == model.head.weight.dtype
+    assert error < (1e-5 if expected == torch.float32 else 0.03)
+    assert model.cache_dtype == expected
 
 
 # --- quantising ---

@@ -68,9 +68,9 @@ FEATURES = [
 ]  # fmt: skip
 
 
-def run(case: AttentionCase, dtype: torch.dtype) -> None:
+def run(case: AttentionCase, dtype: torch.dtype, choice: int = 0) -> None:
     tensors, options = attention_inputs(case, dtype)
-    with running():
+    with running(choice=choice):
         out, lse = tilewright.attention(*tensors, return_lse=True, backend="triton", **options)
     assert tilewright.last_impl("attention") == "triton"
     ref, ref_lse = attention_reference(*tensors, **options)
@@ -87,6 +87,16 @@ def pairs(cases: list) -> list:
 @pytest.mark.parametrize(("case", "dtype"), pairs(SHAPES + FEATURES))
 def test_error_rule(case: AttentionCase, dtype: torch.dtype) -> None:
     run(case, dtype)
+
+
+OTHERS = SHAPES + FEATURES if SWEEP else [SHAPES[0], SHAPES[3], FEATURES[0]]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the PTX has the configurations that this is about")
+@pytest.mark.parametrize("choice", (1, 2, 3))
+@pytest.mark.parametrize(("case", "dtype"), pairs(OTHERS))
+def test_other_configurations(case: AttentionCase, dtype: torch.dtype, choice: int) -> None:
+    run(case, dtype, choice)
 
 
 @pytest.mark.parametrize("case", MEANING, ids=str)

@@ -84,13 +84,20 @@ def test_gradients(name: str) -> None:
     gradients(t, options)
 
 
-def gradients(t: Operands, options: Options, device: str = "cpu") -> None:
+@pytest.mark.skipif(INTERPRETED, reason="the PTX has the configurations that this is about")
+@pytest.mark.parametrize("name", ("d64_g3", "d128_g3", "d256_g1"))
+def test_other_configurations(name: str) -> None:
+    make, options = GRADIENTS[name]
+    gradients(make(), options, choice=1)
+
+
+def gradients(t: Operands, options: Options, device: str = "cpu", choice: int = 0) -> None:
     from tilewright.triton_kernels.attention import attention
     from tilewright.triton_kernels.attention_backward import attention_backward
 
     dtype = t.q.dtype
     moved = Operands(*(None if x is None else x.to(device) for x in t))
-    with running() if device == "cpu" else nullcontext():
+    with running(choice=choice) if device == "cpu" else nullcontext():
         out, lse = attention(moved, options, True)
         grad_out, grad_lse = rand("go", *out.shape, dtype=dtype), rand("gl", *lse.shape)
         found = attention_backward(grad_out.to(device), grad_lse.to(device), moved, options, out, lse, True, True)

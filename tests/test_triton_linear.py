@@ -95,8 +95,8 @@ def naive(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: s
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    with running():
+def run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str, choice: int = 0) -> Tensor:
+    with running(choice=choice):
         return tilewright.quantized_linear(x, weight, bias, activation=activation, backend="triton")
 
 
@@ -107,6 +107,16 @@ def test_error_rule(case: Case, dtype: torch.dtype, activation: str) -> None:
     assert tilewright.last_impl("quantized_linear") == "triton"
     ref = quantized_linear_reference(x, weight, bias, activation=activation)
     assert_close(out, ref, naive(x, weight, bias, activation), dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the PTX has the configurations that this is about")
+@pytest.mark.parametrize("activation", ("bf16", "int8"))
+@pytest.mark.parametrize("m", (16, 30, 60, 130))
+def test_other_configurations(m: int, activation: str) -> None:
+    x, weight, bias = inputs(Case(m, 130, 200, "int4", 64, "zero", True), BF16)
+    ref = quantized_linear_reference(x, weight, bias, activation=activation)
+    for choice in (1, 2, 3):
+        assert_close(run(x, weight, bias, activation, choice), ref, naive(x, weight, bias, activation), BF16)
 
 
 @pytest.mark.parametrize("m", (1, 6, 70))
@@ -247,6 +257,19 @@ def test_the_gpus_order_is_made_once_and_anew_after_a_write() -> None:
     _, other, _ = inputs(Case(2, 33, 64), FP32)
     weight.packed.copy_(other.packed)
     assert_same_bits(gpu_weight(weight.packed, *weight.spec()).rows(torch.arange(33)), other.dequantize())
+
+
+def test_residual_and_gated_mlp() -> None:
+    x, down, _ = inputs(Case(6, 40, 96), FP32)
+    _, gate_up, _ = inputs(Case(6, 192, 40), FP32)
+    y, residual = torch.randn(6, 40, generator=seeded("y")), torch.randn(6, 40, generator=seeded("residual"))
+    options = {"residual": residual, "activation": "fp32"}
+    with running():
+        out = tilewright.quantized_linear(x, down, **options, backend="triton")
+        mlp = tilewright.ops.gated_mlp(y, gate_up, down, **options, backend="triton")
+    assert tilewright.last_impl("silu_mul") == tilewright.last_impl("quantized_linear") == "triton"
+    torch.testing.assert_close(out, tilewright.quantized_linear(x, down, **options), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mlp, tilewright.ops.gated_mlp(y, gate_up, down, **options), rtol=1e-5, atol=1e-5)
 
 
 def test_empty() -> None:

@@ -9,9 +9,8 @@ their cases, else a choice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,13 +36,11 @@ if INTERPRETED:
     InterpreterBuilder.create_splat = _create_splat
 else:
     from ptx import Module, Report
-    from triton.backends.nvidia.compiler import CUDABackend
 
     from tilewright.bench.triton_compile import Launch, launches
 
 # What Triton's interpreter computes rightly, or what the kernels take.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
-CACHE = Path(__file__).parent.parent / "build" / "triton"
 
 
 class Device:
@@ -94,9 +91,10 @@ def _leaves(types: object, values: object) -> Iterator[object]:
 
 
 @contextmanager
-def running(device: Device | None = None) -> Iterator[Device]:
-    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named;
-    torch.empty gives NaN, so that nothing relies on old contents."""
+def running(device: Device | None = None, choice: int = 0) -> Iterator[Device]:
+    """Inside, ``backend="triton"`` takes CPU tensors and runs on ``device``, or else on what `using` named, each kernel
+    in the configuration with the number ``choice`` (or the last). torch.empty gives NaN, so that nothing relies on old
+    contents."""
     device = device or _devices[-1]
     registry.TRITON_DEVICES.add("cpu")
     torch.use_deterministic_algorithms(True)
@@ -104,20 +102,8 @@ def running(device: Device | None = None) -> Iterator[Device]:
         if INTERPRETED:
             yield device
             return
-        assemble, folder = CUDABackend.make_cubin, triton.knobs.cache.dir
-        # PTX is what is run; its cache is no place for kernels without machine code.
-        CUDABackend.make_cubin = lambda *_: b""
-        triton.knobs.cache.dir = str(CACHE)
-        try:
-            with launches("sm_80", run=device.launch):
-                yield device
-        finally:
-            CUDABackend.make_cubin, triton.knobs.cache.dir = assemble, folder
+        with launches("sm_80", choice, device.launch):
+            yield device
     finally:
         torch.use_deterministic_algorithms(False)
         registry.TRITON_DEVICES.discard("cpu")
-
-
-def chosen(cases: Sequence, every: int) -> list:
-    """All cases in a sweep, else one of ``every`` so many."""
-    return list(cases) if SWEEP else list(cases[:: max(every, 1)])

@@ -29,7 +29,7 @@ from tilewright.triton_kernels.attention_scores import (
     sequence_bounds,
     tile_of_sequence,
 )
-from tilewright.triton_kernels.launch import fitting, run, with_room
+from tilewright.triton_kernels.launch import fitting, run, tile, with_room
 
 _CHUNK = 256  # keys of a program where keys are split
 _FEW = 64  # rows up to which they are
@@ -117,12 +117,14 @@ def _many_rows(t: Operands) -> list[triton.Config]:
     elif wide <= 64:
         shapes = [(128, 64, 8, 3), (64, 64, 4, 2)]
     elif wide <= 128:
-        shapes = [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)]
+        # 4 stages: for devices with more shared memory than sm_80's, where 64 keys a step do not spill.
+        shapes = [(64, 64, 8, 2)] if t.block_table is not None else [(128, 64, 8, 4), (128, 32, 8, 3), (64, 64, 8, 2)]
+        shapes += [(64, 32, 8, 2)]
     elif wide <= 256:
         shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     else:
         shapes = [(32, 32, 8, 2), (16, 16, 4, 1)]
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
+    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n, w, s in shapes]
 
 
 def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
@@ -131,12 +133,12 @@ def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
     if t.q.dtype == torch.float32:
         shapes = [(16, 4, 1)] if wide <= 128 and block == 16 else [(16, 8, 1)]
     elif wide <= 128:
-        shapes = [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
+        shapes = [(32, 4, 3), (32, 4, 2)] if block == 64 and score_bytes(t) else [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
     elif wide <= 256:
         shapes = [(32, 4, 3), (16, 4, 1)] if block == 16 else [(32, 8, 2), (16, 8, 1)]
     else:
-        shapes = [(32, 8, 2), (16, 8, 1)]
-    return [triton.Config({"BLOCK_M": block, "BLOCK_N": n}, num_warps=w, num_stages=s) for n, w, s in shapes]
+        shapes = [(32, 8, 2), (16, 8, 1)] if block <= 32 else []
+    return [tile({"BLOCK_M": block, "BLOCK_N": n}, w, s) for n, w, s in shapes]
 
 
 def _shared(config: triton.Config, t: Operands) -> int:

@@ -26,7 +26,7 @@ from tilewright.triton_kernels.attention_scores import (
     sequence_bounds,
     tile_of_sequence,
 )
-from tilewright.triton_kernels.launch import fitting, run
+from tilewright.triton_kernels.launch import fitting, run, tile
 
 _OP = "attention"
 
@@ -120,13 +120,14 @@ def _bias(t: Operands, arguments: dict) -> Tensor:
     if grad.numel() == 0 or t.q.numel() == 0 or t.k.numel() == 0:
         return grad
     full = grad.view((1,) * (4 - grad.dim()) + grad.shape)
-    block_m, block_n = (16, 16) if t.q.dtype == torch.float32 or max(head_blocks(t)) > 128 else (32, 32)
+    wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
+    block_m, block_n, warps = (16, 16, 4) if fp32 or 128 < wide <= 256 else (16, 32, 8) if wide > 256 else (32, 32, 8)
     tiles = (full.shape[0], full.shape[1], triton.cdiv(full.shape[2], block_m), triton.cdiv(full.shape[3], block_n))
     run(
         _grad_bias,
         tiles[0] * tiles[1] * tiles[2] * tiles[3],
         arguments | {"grad_bias": full, "sizes": tuple(full.shape), "heads": t.q.shape[1]},
-        [triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=4, num_stages=1)],
+        [tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, 1)],
     )
     return grad
 
@@ -153,10 +154,13 @@ def _configs(t: Operands, of_keys: bool) -> list[triton.Config]:
     elif wide <= 64:
         shapes = [(32, 32, 4, 2)] if of_keys else [(64, 32, 4, 2), (32, 32, 4, 2)]
     elif wide <= 128:
-        shapes = [(32, 64, 8, 2), (32, 32, 8, 1)] if of_keys else [(64, 32, 8, 2), (32, 32, 8, 1)]
+        features = t.mask is not None or t.bias is not None or t.seed is not None  # they take registers
+        shapes = [(32, 64, 8, 2)] if of_keys else [(32, 32, 8, 2)] if features else [(64, 32, 8, 2)]
+        shapes += [(32, 32, 8, 1)]
     else:
         shapes = [(32, 32, 8, 1), (16, 16, 4, 1)] if wide <= 256 else [(16, 16, 8, 1)]
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
+    fp32 = t.q.dtype == torch.float32
+    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 and wide > 128) for m, n, w, s in shapes]
 
 
 def _shared(config: triton.Config, t: Operands, of_keys: bool) -> int:

@@ -64,6 +64,13 @@ def shared_limit(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
+def tile(blocks: dict[str, int], warps: int, stages: int, all_registers: bool = False) -> triton.Config:
+    """A configuration. ``all_registers``: where ptxas would spill a few bytes so that more programs run at once (AMD's
+    compiler has no such option)."""
+    most = 255 if all_registers and not torch.version.hip else None
+    return triton.Config(blocks, num_warps=warps, num_stages=stages, maxnreg=most)
+
+
 def with_room(configs: Sequence[triton.Config], shared: Callable[[triton.Config], int], device: torch.device) -> list:
     """The configurations whose need of shared memory, at most ``shared(config)`` bytes, the device has."""
     limit = shared_limit(device)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewright.triton_kernels.launch import check_floats, fitting, run
+from tilewright.triton_kernels.launch import check_floats, fitting, run, tile
 from tilewright.triton_kernels.rounding import quantised, rounded
 from tilewright.triton_kernels.weight import GpuWeight
 
@@ -38,7 +38,7 @@ def _tiles(rows: int, fp32: bool) -> list[triton.Config]:
     else:
         shapes = [(128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2)]
     return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, num_warps=warps, num_stages=stages)
+        tile({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, warps, stages, all_registers=stages > 3)
         for m, n, warps, stages in shapes
     ]
 
@@ -49,8 +49,7 @@ def _integer_tiles(rows: int) -> list[triton.Config]:
     if rows > 64:
         shapes = [(128, 64, 8), *shapes]
     return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, num_warps=warps, num_stages=3)
-        for m, n, warps in shapes
+        tile({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, warps, 3, all_registers=warps == 8) for m, n, warps in shapes
     ]
 
 

@@ -34,11 +34,13 @@ using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end)
 
 // A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
 //   codes    for each 32 k, in 8 steps of 4 k:
-//            4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
-//            5 bits: the low 4 like that, then the fifth: bit s of byte [half][16 rows][4 k] is that of step
-//            s 6 bits: the low 4 like that, then the others: bits 2s and 2s + 1 of byte [step / 4][half][16
-//            rows][4 k] are those of step s of 4 8 bits: [32 rows][4 k] bytes a step 16 bits: [half][2][16
-//            rows][2] bf16 a step, columns (0, 2) and then (1, 3) of the 4
+//    - 4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
+//    - 5 bits: the low 4 like that, then the fifth: bit s of byte [half][16 rows][4 k] is that of step s
+//    - 6 bits: the low 4 like that, then the others: bits 2s and 2s + 1 of byte [step / 4][half][16 rows][4
+//    k]
+//      are those of step s of 4
+//    - 8 bits: [32 rows][4 k] bytes a step
+//    - 16 bits: [half][8 steps][2][16 rows][2] bf16, columns (0, 2) and then (1, 3) of a step's 4
 //   scales   [groups()][32 rows] fp16, bf16 or fp32; two levels: int8, factors of the supers
 //   offsets  [groups()][32 rows]: nothing, zero points (uint8), or minima (as the scales)
 //   supers   two levels: fp16 [k_supers()][32 rows], one for each 256 k, and the same again with minima
@@ -110,17 +112,18 @@ struct QuantiseArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0, run = 32, runs = 0;
+  int64_t row_blocks = 0;  // from row to row of the results; k_blocks, or more for a part of a row
   bool per_token = false;
   Offset offset = Offset::none;
   int zero = 0;                    // implicit zero point of the weight, for Offset::none
-  int8_t* codes = nullptr;         // [m][k_blocks * 32]
-  float* scales = nullptr;         // [m][k_blocks]
+  int8_t* codes = nullptr;         // [m][row_blocks * 32]
+  float* scales = nullptr;         // [m][row_blocks]
   int32_t* corrections = nullptr;  // [m][runs]: -zero * sum, -sum, or the bits of float(sum) * scale
 };
 constexpr int64_t kLongRun = 256;  // 256 * 127 * 255 < 2^24: such an integer is exact as a float
 using QuantiseKernel = void (*)(const QuantiseArgs&, int64_t row_begin, int64_t row_end);
 
-// out[m][n] = sum_k x[m][k] w[n][k] + bias[n]
+// out[m][n] = sum_k x[m][k] w[n][k] + bias[n] + residual[m][n]
 struct LinearArgs {
   PackedWeight w;
   // Integer kernels: what QuantiseArgs made. Float kernels: what PrepareArgs made.
@@ -131,7 +134,7 @@ struct LinearArgs {
   const void* x = nullptr;
   const float* sums = nullptr;
   const float* bias = nullptr;
-  Rows out;
+  Rows out, residual;  // residual.base == nullptr: none
   Storage out_dtype = Storage::f32;
 };
 constexpr int64_t kPanelBytes = 16 << 10;      // decoded weights, in L1 beside what passes over them
@@ -140,15 +143,16 @@ constexpr int64_t kPanelScaleBytes = 8 << 10;  // their scales and offsets
 // kPanelScaleBytes and 128 bytes a row.
 using LinearKernel = void (*)(const LinearArgs&, int64_t block, int64_t m_begin, int64_t m_end, void* panel);
 
-// x to what the float kernels read, [m][k_blocks * 32], zero beyond k: floats (rounded to bf16 first where
+// x to what the float kernels read, [m][row_blocks * 32], zero beyond k: floats (rounded to bf16 first where
 // asked) or bf16 with columns (0, 2, 1, 3) of each 4; and the sums of each `run` = 16 or 32.
 struct PrepareArgs {
   Rows x;
   Storage dtype = Storage::f32;
   int64_t k = 0, k_blocks = 0, run = 32;
+  int64_t row_blocks = 0;  // as in QuantiseArgs
   bool round_bf16 = false;
   void* out = nullptr;
-  float* sums = nullptr;  // [m][k_blocks * 32 / run]
+  float* sums = nullptr;  // [m][row_blocks * 32 / run]
 };
 using PrepareKernel = void (*)(const PrepareArgs&, int64_t row_begin, int64_t row_end);
 

@@ -24,13 +24,15 @@ Table make() {
   t.linear_int8 = pick<LinearKernel>({{linear_int8_scalar, Isa::scalar},
                                       {linear_int8_avx2, Isa::avx2},
                                       {linear_int8_avxvnni, Isa::avxvnni},
-                                      {linear_int8_avx512, Isa::avx512}});
+                                      {linear_int8_avx512, Isa::avx512},
+                                      {linear_int8_amx, Isa::amx}});
   t.prepare_f32 = pick<PrepareKernel>(
       {{prepare_f32_scalar, Isa::scalar}, {prepare_f32_avx2, Isa::avx2}, {prepare_f32_avx512, Isa::avx512}});
   t.linear_f32 = pick<LinearKernel>(
       {{linear_f32_scalar, Isa::scalar}, {linear_f32_avx2, Isa::avx2}, {linear_f32_avx512, Isa::avx512}});
   t.prepare_bf16 = pick<PrepareKernel>({{nullptr, Isa::scalar}, {prepare_bf16_avx512bf16, Isa::avx512bf16}});
-  t.linear_bf16 = pick<LinearKernel>({{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}});
+  t.linear_bf16 = pick<LinearKernel>(
+      {{nullptr, Isa::scalar}, {linear_bf16_avx512bf16, Isa::avx512bf16}, {linear_bf16_amx, Isa::amx}});
 #define TW_ATTENTION(op, Kernel, ...)              \
   t.op = pick<Kernel>({{op##_scalar, Isa::scalar}, \
                        {op##_avx2, Isa::avx2},     \

@@ -51,7 +51,7 @@ void* allocate(int64_t bytes);
 
 // 64-byte aligned memory of this thread, kept for the next call with the same slot; contents undefined.
 // Slots keep apart what one kernel needs at the same time.
-enum class Scratch : int { operands, panel, partial, count };
+enum class Scratch : int { operands, inner, panel, partial, count };
 void* scratch(Scratch slot, int64_t bytes);
 
 }  // namespace tilewright

@@ -4,97 +4,19 @@
 #include <vector>
 
 #include "cpu/simd.h"
+//
+#include "cpu/kernels/rows.h"
 #include "cpu/table.h"
-#include "cpu/team.h"
 #include "ops.h"
 #include "ops/check.h"
+#include "ops/linear_call.h"
+#include "ops/overlap.h"
 #include "ops/quant.h"
 
 namespace tilewright {
 namespace {
 
 constexpr const char* kOp = "quantized_linear";
-
-// Rows of x per pass over the weights: their int8 codes and one block's unpacked weights stay in L2 together.
-// A multiple of every kernel's row tile.
-constexpr int64_t kRowsBytes = 384 << 10;
-// Below this many multiply-adds the call stays on its thread: about what waking a worker costs.
-constexpr int64_t kSerial = 1 << 16;
-
-int64_t row_chunk(int64_t row_bytes) { return std::max<int64_t>(96, kRowsBytes / row_bytes / 24 * 24); }
-
-// Rows [begin, end) of x and the matrix that they are multiplied by.
-struct Group {
-  LinearArgs args;
-  int64_t begin, end;
-};
-
-// Runs kernel over blocks x row chunks of each group; chunks are the outer loop, so that threads share the
-// rows in cache.
-void run(const std::vector<Group>& groups, int64_t chunk, LinearKernel kernel) {
-  const PackedWeight& w = groups[0].args.w;
-  const int64_t blocks = w.n_blocks();
-  struct Chunk {
-    const LinearArgs* args;
-    int64_t begin, end;
-  };
-  std::vector<Chunk> chunks;
-  int64_t most = 0;
-  for (const Group& g : groups)
-    for (int64_t m = g.begin; m < g.end; m += chunk) {
-      chunks.push_back({&g.args, m, std::min(g.end, m + chunk)});
-      most = std::max(most, chunks.back().end - m);
-    }
-  const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + most * 128;
-  const auto one = [&](int64_t task) {
-    const Chunk& c = chunks[static_cast<size_t>(task / blocks)];
-    kernel(*c.args, task % blocks, c.begin, c.end, scratch(Scratch::panel, panel_bytes));
-  };
-  const int64_t tasks = static_cast<int64_t>(chunks.size()) * blocks;
-  if (most <= 8) {  // memory bound: each thread streams its own stretch of the weights
-    const int64_t grain = std::max<int64_t>(1, kSerial / (most * 32 * std::max<int64_t>(1, w.k)));
-    parallel_ranges(tasks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) one(task);
-    });
-  } else {
-    parallel_tasks(tasks, one);
-  }
-}
-
-// The float kernels multiply x by codes and correct for zero points and minima afterwards, where an infinity
-// would become NaN. Rows of x with a value that is not finite are computed here once more, from the
-// dequantised weight; they are rare, so plainly.
-void redo_rows_not_finite(const Group& group, bool pairs) {
-  const LinearArgs& a = group.args;
-  const int64_t k_blocks = a.w.k_blocks(), k = a.w.k, sums = k_blocks * a.w.parts();
-  for (int64_t r = group.begin; r < group.end; ++r) {
-    bool finite = true;
-    for (int64_t i = 0; i < sums; ++i) finite &= std::isfinite(a.sums[r * sums + i]);
-    if (finite) continue;
-    const auto x = [&](int64_t i) {
-      if (!pairs) return static_cast<const float*>(a.x)[r * k_blocks * 32 + i];
-      constexpr int kPlace[4] = {0, 2, 1, 3};  // as prepare_bf16 orders the columns of a step
-      return to_float(static_cast<const bf16*>(a.x)[r * k_blocks * 32 + i / 4 * 4 + kPlace[i % 4]]);
-    };
-    int64_t offset = 0, index = r;
-    for (int d = a.out.dims - 1; d >= 0; --d) {
-      offset += index % a.out.shape[d] * a.out.strides[d];
-      index /= a.out.shape[d];
-    }
-    parallel_ranges(a.w.n, 8, [&](int64_t begin, int64_t end) {
-      auto* w = static_cast<float*>(scratch(Scratch::panel, k * 4));
-      for (int64_t n = begin; n < end; ++n) {
-        dequantise_row(a.w, n, w);
-        float sum = 0.0f;
-        for (int64_t i = 0; i < k; ++i) sum += x(i) * w[i];
-        if (a.bias) sum += a.bias[n];
-        if (a.out_dtype == Storage::f32) static_cast<float*>(a.out.base)[offset + n] = sum;
-        if (a.out_dtype == Storage::bf16) static_cast<bf16*>(a.out.base)[offset + n] = to_bf16(sum);
-        if (a.out_dtype == Storage::f16) static_cast<f16*>(a.out.base)[offset + n] = to_f16(sum);
-      }
-    });
-  }
-}
 
 // x as the kernels are to see it, where that is not x itself: columns in the packed order, and what the
 // integer product leaves out.
@@ -112,14 +34,9 @@ Arranged arrange(const TensorView& x, const int64_t* columns, double threshold, 
   const Rows rows = rows_of(x);
   const auto copy = [&](auto type) {
     using T = decltype(type);
-    parallel_ranges(m, std::max<int64_t>(1, kSerial / k), [&](int64_t begin, int64_t end) {
+    parallel_ranges(m, std::max<int64_t>(1, kLinearSerial / k), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        int64_t offset = 0, index = r;
-        for (int d = rows.dims - 1; d >= 0; --d) {
-          offset += index % rows.shape[d] * rows.strides[d];
-          index /= rows.shape[d];
-        }
-        const T* from = static_cast<const T*>(rows.base) + offset;
+        const T* from = row<const T>(rows, r);
         float* to = result.values.data() + r * k;
         for (int64_t i = 0; i < k; ++i) to[i] = to_float(from[columns ? columns[i] : i]);
       }
@@ -137,7 +54,8 @@ Arranged arrange(const TensorView& x, const int64_t* columns, double threshold, 
   return result;
 }
 
-// out = y + the outliers' share + bias, y (m, n) being the integer product alone. k ascending, fp32.
+// out = y + the outliers' share + bias + residual, y (m, n) being the integer product alone. k ascending,
+// fp32.
 void add_outliers(const LinearArgs& a, const std::vector<Outlier>& outliers, const float* y, int64_t m) {
   std::vector<int64_t> columns;
   for (const Outlier& o : outliers) columns.push_back(o.k);
@@ -158,17 +76,7 @@ void add_outliers(const LinearArgs& a, const std::vector<Outlier>& outliers, con
           const auto c = std::lower_bound(columns.begin(), columns.end(), outliers[next].k) - columns.begin();
           for (int64_t i = 0; i < count; ++i) sum[i] += outliers[next].x * w[static_cast<size_t>(c) * 32 + i];
         }
-        int64_t offset = first, index = r;
-        for (int d = a.out.dims - 1; d >= 0; --d) {
-          offset += index % a.out.shape[d] * a.out.strides[d];
-          index /= a.out.shape[d];
-        }
-        for (int64_t i = 0; i < count; ++i) {
-          const float v = a.bias ? sum[i] + a.bias[first + i] : sum[i];
-          if (a.out_dtype == Storage::f32) static_cast<float*>(a.out.base)[offset + i] = v;
-          if (a.out_dtype == Storage::bf16) static_cast<bf16*>(a.out.base)[offset + i] = to_bf16(v);
-          if (a.out_dtype == Storage::f16) static_cast<f16*>(a.out.base)[offset + i] = to_f16(v);
-        }
+        for (int64_t i = 0; i < count; ++i) put_output(a, r, first + i, sum[i]);
       }
     }
   });
@@ -188,12 +96,12 @@ int64_t outputs(int64_t n, const TensorView& sizes) {
 }
 
 // The groups of a call that have rows; a plain call is one.
-std::vector<Group> groups_of(const LinearArgs& a, const TensorView& sizes, int64_t m, int64_t n) {
+std::vector<LinearGroup> groups_of(const LinearArgs& a, const TensorView& sizes, int64_t m, int64_t n) {
   if (!sizes) return {{a, 0, m}};
-  std::vector<Group> groups;
+  std::vector<LinearGroup> groups;
   int64_t begin = 0;
   for (int64_t i = 0; i < sizes.dim(0); ++i) {
-    Group g{a, begin, begin + sizes.as<const int64_t>()[i]};
+    LinearGroup g{a, begin, begin + sizes.as<const int64_t>()[i]};
     g.args.w.n = n;
     g.args.w.data += i * g.args.w.n_blocks() * g.args.w.block_bytes();
     if (a.bias) g.args.bias += i * n;
@@ -203,21 +111,13 @@ std::vector<Group> groups_of(const LinearArgs& a, const TensorView& sizes, int64
   return groups;
 }
 
-// Over how many columns one integer product goes: as far as its scales last.
-int64_t run_length(const PackedWeight& w, bool per_token) {
-  if (w.group == 16 || !per_token) return std::min<int64_t>(w.group, 32);
-  const int64_t blocks = w.blocks_per_group();
-  int64_t run = std::min(blocks, kLongRun / 32);
-  while (blocks != w.k_blocks() && blocks % run != 0) --run;  // groups end where runs do
-  return run * 32;
-}
-
 }  // namespace
 
 void linear(const TensorView& x, const TensorView& packed, const WeightFormat& format,
             const LinearOptions& options, const TensorView& out) {
   const PackedWeight w = packed_weight(kOp, packed, format);
-  const TensorView &bias = options.bias, &columns = options.columns, &sizes = options.group_sizes;
+  const TensorView &bias = options.bias, &residual = options.residual, &columns = options.columns,
+                   &sizes = options.group_sizes;
   const int64_t n = outputs(w.n, sizes), k = w.k;
   const std::string& activation = options.activation;
   expect_storage(kOp, "x", x);
@@ -243,9 +143,16 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
     for (int64_t i = 0; i < k; ++i)
       TW_EXPECT(columns.as<const int64_t>()[i] >= 0 && columns.as<const int64_t>()[i] < k, kOp,
                 "columns must lie in [0, " + std::to_string(k) + ")");
-  const bool integer = activation == "int8" || activation == "int8_token";
-  TW_EXPECT(integer || activation == "bf16" || activation == "fp32", kOp,
-            "activation must be int8, int8_token, bf16 or fp32, got " + activation);
+  LinearCall call(kOp, w, activation);
+  TW_EXPECT(
+      !residual || (residual.dtype == out.dtype && residual.device_type == 1 && same_shape(residual, out)),
+      kOp,
+      "residual must be of the result's shape " + shape_of(out) + " and dtype " + name_of(out.dtype) +
+          ", got " + shape_of(residual) + " " + name_of(residual.dtype));
+  if (residual) {
+    expect_unit_stride(kOp, "residual", residual);
+    TW_EXPECT(!overlaps(residual, out), kOp, "out must not overlap residual");
+  }
   const int64_t m = n == 0 || k == 0 ? 0 : x.numel() / k;
   if (sizes) {
     int64_t rows = 0;
@@ -260,19 +167,14 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
     TW_EXPECT(options.outlier_threshold == 0, kOp, "weights with an outlier threshold cannot be grouped");
   }
 
-  LinearArgs a;
-  a.w = w;
+  record(kOp, call.isa());
+  if (m == 0) return;
+  const bool integer = activation == "int8" || activation == "int8_token";
+  LinearArgs& a = call.args;
   a.bias = bias.as<const float>();
   a.out = rows_of(out);
+  if (residual) a.residual = rows_of(residual);
   a.out_dtype = storage_of(out.dtype);
-  const int64_t k_blocks = w.k_blocks(), kp = k_blocks * 32, sums = k_blocks * w.parts();
-  const int64_t grain = std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, k));
-  const bool integer_codes = integer && !w.is_float();
-  const bool pairs = activation == "bf16" && table().linear_bf16.fn;
-  record(kOp, integer_codes ? table().linear_int8.isa
-              : pairs       ? table().linear_bf16.isa
-                            : table().linear_f32.isa);
-  if (m == 0) return;
 
   Rows rows = rows_of(x);
   Storage dtype = storage_of(x.dtype);
@@ -289,67 +191,17 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
     a.out = Rows{inliers.data(), 1, {m}, {n}};
     a.out_dtype = Storage::f32;
     a.bias = nullptr;
+    a.residual.base = nullptr;
   }
 
-  if (integer) {
-    QuantiseArgs q;
-    q.x = rows;
-    q.dtype = dtype;
-    q.k = k;
-    q.k_blocks = k_blocks;
-    q.run = a.run = integer_codes ? run_length(w, activation == "int8_token") : 32;
-    q.runs = a.runs = (kp + q.run - 1) / q.run;
-    q.per_token = activation == "int8_token";
-    q.offset = w.offset;
-    q.zero = w.is_table() ? 128 : 1 << (w.bits() - 1);
-    const int64_t floats = integer_codes ? 0 : m * (kp + sums) * 4;
-    auto* memory =
-        static_cast<char*>(scratch(Scratch::operands, floats + m * (kp + 4 * k_blocks + 4 * q.runs))) +
-        floats;
-    q.codes = reinterpret_cast<int8_t*>(memory);
-    q.scales = reinterpret_cast<float*>(memory + m * kp);
-    q.corrections = reinterpret_cast<int32_t*>(q.scales + m * k_blocks);
-    parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { table().quantise_rows.fn(q, begin, end); });
-    a.codes = q.codes;
-    a.scales = q.scales;
-    a.corrections = q.corrections;
-    if (integer_codes) {
-      run(groups_of(a, sizes, m, n), row_chunk(kp), table().linear_int8.fn);
-    } else {
-      // Codes that are no integers: the same rounded x, in fp32. No correction, so no sums are read.
-      auto* values = reinterpret_cast<float*>(memory - floats);
-      parallel_ranges(m, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * k_blocks; i < end * k_blocks; ++i)
-          for (int64_t j = i * 32; j < (i + 1) * 32; ++j)
-            values[j] = static_cast<float>(q.codes[j]) * q.scales[i];
-      });
-      std::fill_n(values + m * kp, m * sums, 0.0f);
-      a.x = values;
-      a.sums = values + m * kp;
-      run(groups_of(a, sizes, m, n), row_chunk(512 * 4), table().linear_f32.fn);
-    }
-  } else {
-    PrepareArgs p;
-    p.x = rows;
-    p.dtype = dtype;
-    p.k = k;
-    p.k_blocks = k_blocks;
-    p.run = 32 / w.parts();
-    p.round_bf16 = activation == "bf16";
-    const int64_t size = pairs ? 2 : 4;
-    auto* memory = static_cast<char*>(scratch(Scratch::operands, m * (kp * size + sums * 4)));
-    p.out = memory;
-    a.sums = p.sums = reinterpret_cast<float*>(memory + m * kp * size);
-    const auto& prepare = pairs ? table().prepare_bf16 : table().prepare_f32;
-    parallel_ranges(m, grain, [&](int64_t begin, int64_t end) { prepare.fn(p, begin, end); });
-    a.x = p.out;
-    const std::vector<Group> groups = groups_of(a, sizes, m, n);
-    if (pairs)
-      run(groups, row_chunk(kp * 2), table().linear_bf16.fn);
-    else
-      run(groups, row_chunk(512 * 4), table().linear_f32.fn);
-    for (const Group& group : groups) redo_rows_not_finite(group, pairs);
-  }
+  call.place(scratch(Scratch::operands, call.operand_bytes(m)), m);
+  call.prepare(rows, dtype, m);
+  const std::vector<LinearGroup> groups = groups_of(a, sizes, m, n);
+  run_groups(groups, groups[0].args.w.n_blocks(), call.chunk(), 0,
+             [&](const LinearArgs& args, int64_t block, int64_t begin, int64_t end, void* panel) {
+               call.kernel()(args, block, begin, end, panel);
+             });
+  for (const LinearGroup& g : groups) call.redo_rows_not_finite(g.args, g.begin, g.end);
   if (!arranged.outliers.empty()) add_outliers(whole, arranged.outliers, inliers.data(), m);
 }
 

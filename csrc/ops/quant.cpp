@@ -196,8 +196,10 @@ class Dequantiser {
     if (w_.codes == Codes::bf16) {
       for (int64_t k = first; k < last; ++k) {
         bf16 v;
-        std::memcpy(
-            &v, from.codes + k / 4 * 256 + (r < 16 ? 0 : 128) + k % 2 * 64 + (r & 15) * 4 + k % 4 / 2 * 2, 2);
+        std::memcpy(&v,
+                    from.codes + k / 32 * 2048 + (r < 16 ? 0 : 1024) + k % 32 / 4 * 128 + k % 2 * 64 +
+                        (r & 15) * 4 + k % 4 / 2 * 2,
+                    2);
         *out++ = to_float(v);
       }
       return;
@@ -330,10 +332,12 @@ void pack_bf16(const TensorView& w, const TensorView& out, const WeightFormat& f
       std::memset(codes, 0, static_cast<size_t>(to.block_bytes()));
       for (int64_t r = 0; r < std::min<int64_t>(32, to.n - block * 32); ++r) {
         const uint16_t* row = from + (block * 32 + r) * to.k;
-        uint8_t* at = codes + (r < 16 ? 0 : 128) + (r & 15) * 4;
-        for (int64_t k = 0; k < to.k; k += 4, at += 256)
+        uint8_t* first = codes + (r < 16 ? 0 : 1024) + (r & 15) * 4;
+        for (int64_t k = 0; k < to.k; k += 4) {
+          uint8_t* at = first + k / 32 * 2048 + k % 32 / 4 * 128;
           for (int64_t i = 0; i < std::min<int64_t>(4, to.k - k); ++i)
             std::memcpy(at + i % 2 * 64 + i / 2 * 2, row + k + i, 2);
+        }
       }
     }
   });

@@ -103,18 +103,10 @@ void multiply(int64_t m, int64_t n, const float* a, int64_t lda, const float* b,
 }
 
 #if defined(TW_TILES)
-// MR x NC tiles of C in tmm0-3, of A in tmm4 and 5, of B in tmm6 and 7: with 2 x 2 a tile is loaded for each
-// tdpbf16ps, which takes 16 cycles against 8 of a load.
 template <int MR, int NC>
 void amx_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc,
                bool accumulate) {
-  const auto each = [](auto&& f) {
-    f(Count<0>{}, Count<0>{});
-    if constexpr (NC > 1) f(Count<0>{}, Count<1>{});
-    if constexpr (MR > 1) f(Count<1>{}, Count<0>{});
-    if constexpr (MR > 1 && NC > 1) f(Count<1>{}, Count<1>{});
-  };
-  each([&](auto i, auto j) {
+  each_tile<MR, NC>([&](auto i, auto j) {
     constexpr int t = i.n * 2 + j.n;
     if (accumulate)
       tile_load<t>(c + i.n * kTileHeight * ldc + j.n * W, ldc * 4);
@@ -126,9 +118,10 @@ void amx_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t
     if constexpr (MR > 1) tile_load<5>(a + kTileHeight * lda + p, lda * 4);
     tile_load<6>(b + p * ldb, ldb * 4);
     if constexpr (NC > 1) tile_load<7>(b + p * ldb + W, ldb * 4);
-    each([](auto i, auto j) { tile_dot_bf16<i.n * 2 + j.n, 4 + i.n, 6 + j.n>(); });
+    each_tile<MR, NC>([](auto i, auto j) { tile_dot_bf16<i.n * 2 + j.n, 4 + i.n, 6 + j.n>(); });
   }
-  each([&](auto i, auto j) { tile_store<i.n * 2 + j.n>(c + i.n * kTileHeight * ldc + j.n * W, ldc * 4); });
+  each_tile<MR, NC>(
+      [&](auto i, auto j) { tile_store<i.n * 2 + j.n>(c + i.n * kTileHeight * ldc + j.n * W, ldc * 4); });
 }
 
 template <>

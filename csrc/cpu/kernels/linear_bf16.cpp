@@ -7,9 +7,13 @@
 // prepare_bf16 stores x in that order. Dense weights have no scales, so one accumulator takes all of k. As in
 // linear_int8, few rows decode codes in registers and many rows decode slabs of a block into a panel; dense
 // weights are a panel as they are.
+// At level amx tiles of 16 or 32 rows take the products of many rows, but for groups of 16.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
+#if defined(TW_TILES)
+#include "cpu/kernels/linear_tiles.h"
+#endif
 
 namespace tilewright {
 namespace {
@@ -60,14 +64,15 @@ struct Decoder {
   }
 };
 
-// Steps of a panel: low even, low odd, high even, high odd; 64 bytes each.
+// 32 k of a panel: (even, odd) of each step for rows 0 to 15, then for 16 to 31; 64 bytes each, so that a
+// tile takes 32 k at once.
 struct PanelSteps {
   const uint8_t* at;
   TW_INLINE PanelSteps(const uint8_t* panel, int64_t kb) : at(panel + kb * 2048) {}
   TW_INLINE void step(int step, Pairs& low, Pairs& high) {
-    const uint8_t* p = at + step * 256;
+    const uint8_t* p = at + step * 128;
     low = {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)};
-    high = {_mm512_loadu_si512(p + 128), _mm512_loadu_si512(p + 192)};
+    high = {_mm512_loadu_si512(p + 1024), _mm512_loadu_si512(p + 1088)};
   }
 };
 template <Read r>
@@ -88,6 +93,33 @@ TW_INLINE F dot(F acc, __m512i w, const uint16_t* x) {
   return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(two));
 }
 
+// sums: of x over the columns of acc, rows `stride` apart.
+template <int MR, class Scales>
+TW_INLINE void add_scaled(Offset offset, const Scales& scales, const float* sums, int64_t stride, int64_t kb,
+                          int part, F acc[MR][2], F sum[MR][2]) {
+  const F s0 = scales.scale(kb, part, 0), s1 = scales.scale(kb, part, 16);
+  if (offset == Offset::zero) {
+    const F z0 = to_float(scales.zero_point(kb, part, 0)), z1 = to_float(scales.zero_point(kb, part, 16));
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      const F minus_sum = set1(-sums[i * stride]);
+      acc[i][0] = fma(z0, minus_sum, acc[i][0]);
+      acc[i][1] = fma(z1, minus_sum, acc[i][1]);
+    }
+  }
+  TW_UNROLL for (int i = 0; i < MR; ++i) {
+    sum[i][0] = fma(acc[i][0], s0, sum[i][0]);
+    sum[i][1] = fma(acc[i][1], s1, sum[i][1]);
+  }
+  if (offset == Offset::min) {
+    const F m0 = scales.minimum(kb, part, 0), m1 = scales.minimum(kb, part, 16);
+    TW_UNROLL for (int i = 0; i < MR; ++i) {
+      const F s = set1(sums[i * stride]);
+      sum[i][0] = fma(m0, s, sum[i][0]);
+      sum[i][1] = fma(m1, s, sum[i][1]);
+    }
+  }
+}
+
 // Blocks [first, last) of 32 k; steps_of(kb) reads one. kSteps: 8, or 4 with groups of 16.
 template <bool kDense, int MR, int kSteps, class Scales, class StepsOf>
 void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Prefetch prefetch, int64_t m,
@@ -96,7 +128,6 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Pr
   const int64_t k_blocks = a.w.k_blocks();
   const auto* x = static_cast<const uint16_t*>(a.x) + m * k_blocks * 32;
   const float* sums = a.sums + m * k_blocks * kParts;
-  const Offset offset = a.w.offset;
   F sum[MR][2];
   TW_UNROLL for (int i = 0; i < MR; ++i) {
     sum[i][0] = total[i][0];
@@ -128,28 +159,7 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Pr
         }
         continue;
       }
-      const F s0 = scales.scale(kb, part, 0), s1 = scales.scale(kb, part, 16);
-      const auto sum_of = [&](int i) { return sums[(i * k_blocks + kb) * kParts + part]; };
-      if (offset == Offset::zero) {
-        const F z0 = to_float(scales.zero_point(kb, part, 0)), z1 = to_float(scales.zero_point(kb, part, 16));
-        TW_UNROLL for (int i = 0; i < MR; ++i) {
-          const F minus_sum = set1(-sum_of(i));
-          acc[i][0] = fma(z0, minus_sum, acc[i][0]);
-          acc[i][1] = fma(z1, minus_sum, acc[i][1]);
-        }
-      }
-      TW_UNROLL for (int i = 0; i < MR; ++i) {
-        sum[i][0] = fma(acc[i][0], s0, sum[i][0]);
-        sum[i][1] = fma(acc[i][1], s1, sum[i][1]);
-      }
-      if (offset == Offset::min) {
-        const F m0 = scales.minimum(kb, part, 0), m1 = scales.minimum(kb, part, 16);
-        TW_UNROLL for (int i = 0; i < MR; ++i) {
-          const F s = set1(sum_of(i));
-          sum[i][0] = fma(m0, s, sum[i][0]);
-          sum[i][1] = fma(m1, s, sum[i][1]);
-        }
-      }
+      add_scaled<MR>(a.w.offset, scales, sums + kb * kParts + part, k_blocks * kParts, kb, part, acc, sum);
     }
   }
   TW_UNROLL for (int i = 0; i < MR; ++i) {
@@ -194,6 +204,58 @@ void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* pan
   });
 }
 
+#if defined(TW_TILES)
+template <bool kDense>
+void all_rows_in_tiles(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, Prefetch next,
+                       int64_t first, int64_t last, int64_t begin, int64_t end, float* totals) {
+  const int64_t k_blocks = a.w.k_blocks();
+  for (int64_t kb = first; kb < last; ++kb) next.next();
+  in_tiled_rows(end - begin, 64, [&](int64_t m, int rows, auto tiles) {
+    constexpr int MR = tiles.n;
+    const auto* x = static_cast<const uint16_t*>(a.x) + (begin + m) * k_blocks * 32;
+    const float* sums = a.sums + (begin + m) * k_blocks;
+    float* total = totals + m * 32;
+    alignas(64) float dots[kTiledRows * 32];
+    if constexpr (kDense) tiles_load<MR>(total);
+    for (int64_t kb = first; kb < last; ++kb) {
+      if constexpr (!kDense) tiles_zero<MR>();
+      const uint8_t* codes = panel + (kb - first) * 2048;
+      operands_load<MR>(x + kb * 32, k_blocks * 64, codes, codes + 1024, 64);
+      each_tile<MR, 2>([](auto i, auto j) { tile_dot_bf16<i.n * 2 + j.n, 4 + i.n, 6 + j.n>(); });
+      if constexpr (kDense) continue;
+      tiles_store<MR>(dots);
+      in_tiles<8>(0, rows, [&](int64_t r, auto n) {
+        F acc[n.n][2], sum[n.n][2];
+        TW_UNROLL for (int i = 0; i < n.n; ++i) {
+          TW_UNROLL for (int half = 0; half < 2; ++half) {
+            acc[i][half] = load(dots + (r + i) * 32 + half * 16);
+            sum[i][half] = load(total + (r + i) * 32 + half * 16);
+          }
+        }
+        add_scaled<n.n>(a.w.offset, scales, sums + r * k_blocks + kb, k_blocks, kb, 0, acc, sum);
+        TW_UNROLL for (int i = 0; i < n.n; ++i) {
+          TW_UNROLL for (int half = 0; half < 2; ++half)
+              store(total + (r + i) * 32 + half * 16, sum[i][half]);
+        }
+      });
+    }
+    if constexpr (kDense) tiles_store<MR>(total);
+  });
+}
+#endif
+
+// The rows of a panel, in the way of this level.
+template <bool kDense, int kSteps>
+TW_INLINE void multiply_panel(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel,
+                              Prefetch next, int64_t first, int64_t last, int64_t begin, int64_t end,
+                              float* totals) {
+#if defined(TW_TILES)
+  if constexpr (kSteps == 8)
+    return all_rows_in_tiles<kDense>(a, scales, panel, next, first, last, begin, end, totals);
+#endif
+  all_rows<kDense, kSteps>(a, scales, panel, next, first, last, begin, end, totals);
+}
+
 template <Read r>
 void unpack(const uint8_t* codes, const Decoder<r>& decode, int64_t first, int64_t last, uint8_t* out) {
   for (int64_t kb = first; kb < last; ++kb, out += 2048) {
@@ -201,11 +263,11 @@ void unpack(const uint8_t* codes, const Decoder<r>& decode, int64_t first, int64
     TW_UNROLL for (int step = 0; step < 8; ++step) {
       Pairs low, high;
       steps.step(step, low, high);
-      uint8_t* p = out + step * 256;
+      uint8_t* p = out + step * 128;
       istore(p, low.even);
       istore(p + 64, low.odd);
-      istore(p + 128, high.even);
-      istore(p + 192, high.odd);
+      istore(p + 1024, high.even);
+      istore(p + 1088, high.odd);
     }
   }
 }
@@ -231,13 +293,14 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     const int64_t last = first + kSlab < k_blocks ? first + kSlab : k_blocks;
     const PanelScales scales(b, a.w.offset, first, last, panel);
     if constexpr (r == Read::bf16) {
-      all_rows<kDense, kSteps>(a, scales, b.codes + first * 2048,
-                               {b.codes + first * 2048 + Prefetch::kDistance, 2048}, first, last, m_begin,
-                               m_end, totals);
+      multiply_panel<kDense, kSteps>(a, scales, b.codes + first * 2048,
+                                     {b.codes + first * 2048 + Prefetch::kDistance, 2048}, first, last,
+                                     m_begin, m_end, totals);
     } else {
       unpack<r>(b.codes, Decoder<r>(a.w), first, last, panel);
-      all_rows<kDense, kSteps>(a, scales, panel, {b.codes + last * code_block_bytes(r), code_block_bytes(r)},
-                               first, last, m_begin, m_end, totals);
+      multiply_panel<kDense, kSteps>(a, scales, panel,
+                                     {b.codes + last * code_block_bytes(r), code_block_bytes(r)}, first, last,
+                                     m_begin, m_end, totals);
     }
   }
   for (int64_t m = 0; m < m_count; ++m)
@@ -246,12 +309,13 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
 
 }  // namespace
 
+#if !defined(TW_TILES)
 void TW_KERNEL(prepare_bf16)(const PrepareArgs& a, int64_t begin, int64_t end) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = row<const T>(a.x, r);
-      auto* out = static_cast<uint16_t*>(a.out) + r * a.k_blocks * 32;
+      auto* out = static_cast<uint16_t*>(a.out) + r * a.row_blocks * 32;
       for (int64_t kb = 0; kb < a.k_blocks; ++kb, out += 32) {
         alignas(64) bf16 rounded[32];
         for (int i = 0; i < 32; i += W) {
@@ -267,15 +331,16 @@ void TW_KERNEL(prepare_bf16)(const PrepareArgs& a, int64_t begin, int64_t end) {
         }
         const F first = load(rounded), second = load(rounded + W);
         if (a.run == 16) {
-          a.sums[(r * a.k_blocks + kb) * 2] = reduce_add(first);
-          a.sums[(r * a.k_blocks + kb) * 2 + 1] = reduce_add(second);
+          a.sums[(r * a.row_blocks + kb) * 2] = reduce_add(first);
+          a.sums[(r * a.row_blocks + kb) * 2 + 1] = reduce_add(second);
         } else {
-          a.sums[r * a.k_blocks + kb] = reduce_add(add(first, second));
+          a.sums[r * a.row_blocks + kb] = reduce_add(add(first, second));
         }
       }
     }
   });
 }
+#endif
 
 void TW_KERNEL(linear_bf16)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
   with_read<true>(a.w, [&](auto as) {

@@ -68,7 +68,7 @@ struct DenseSteps {
   const uint8_t* at;
   TW_INLINE void step(int step, const F*, F out[4][2]) {
     TW_UNROLL for (int half = 0; half < 2; ++half) {
-      const I even = iload(at + step * 256 + half * 128), odd = iload(at + step * 256 + half * 128 + 64);
+      const I even = iload(at + half * 1024 + step * 128), odd = iload(at + half * 1024 + step * 128 + 64);
       const I upper = iset1(int32_t(0xffff0000u));
       out[0][half] = as_float(ishl<16>(even));
       out[1][half] = as_float(ishl<16>(odd));
@@ -205,12 +205,12 @@ void TW_KERNEL(prepare_f32)(const PrepareArgs& a, int64_t begin, int64_t end) {
     using T = decltype(t);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = row<const T>(a.x, r);
-      float* out = static_cast<float*>(a.out) + r * a.k_blocks * 32;
+      float* out = static_cast<float*>(a.out) + r * a.row_blocks * 32;
       for (int64_t kb = 0; kb < a.k_blocks; ++kb, out += 32) {
         F sum = zero();
         for (int i = 0; i < 32; i += W) {
           if (i == a.run) {
-            a.sums[(r * a.k_blocks + kb) * 2] = reduce_add(sum);
+            a.sums[(r * a.row_blocks + kb) * 2] = reduce_add(sum);
             sum = zero();
           }
           const int64_t left = a.k - kb * 32 - i;
@@ -224,7 +224,7 @@ void TW_KERNEL(prepare_f32)(const PrepareArgs& a, int64_t begin, int64_t end) {
           store(out + i, v);
           sum = add(sum, v);
         }
-        a.sums[((r * a.k_blocks + kb) * 32 + 31) / a.run] = reduce_add(sum);
+        a.sums[((r * a.row_blocks + kb) * 32 + 31) / a.run] = reduce_add(sum);
       }
     }
   });

@@ -9,10 +9,14 @@
 // M = 1 reads the codes once and is bound by memory: they are decoded in registers. From kUnpackFrom rows on,
 // kSlab * 32 columns of a block are decoded once to bytes (16 KiB, in L1) and an MR x 32 register tile passes
 // over them: per 32 k, 16 * MR dot instructions and about 6 * MR for the scales. Accumulators wait in memory
-// between two slabs.
+// between two slabs. At level amx tiles of 16 or 32 rows take the integer products of those many rows, with
+// the same bits, but for runs of 16, which would leave three quarters of a tile empty.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
+#if defined(TW_TILES)
+#include "cpu/kernels/linear_tiles.h"
+#endif
 
 namespace tilewright {
 namespace {
@@ -121,9 +125,9 @@ void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 t
   }
   Prefetch prefetch = slab.prefetch;
   for (int64_t kb = slab.first; kb < slab.last;) {
-    prefetch.next();
     I dot[MR][2];
     if constexpr (length == Run::half) {
+      prefetch.next();
       StepReader<r> reader(slab.codes, kb - slab.first, pair);
       TW_UNROLL for (int part = 0; part < 2; ++part) {
         start_dots<MR>(a, scales, correction, kb, part, pair, dot);
@@ -135,6 +139,7 @@ void tile(const LinearArgs& a, const Scales& scales, const Slab& slab, Bytes16 t
       const int64_t begin = kb, end = kb + run < slab.last ? kb + run : slab.last;
       start_dots<MR>(a, scales, correction, begin, 0, pair, dot);
       do {
+        prefetch.next();
         StepReader<r> reader(slab.codes, kb - slab.first, pair);
         add_dots<r, kBits, MR, 8>(reader, table, x + kb * 32, x_stride, 0, dot);
         ++kb;
@@ -210,6 +215,62 @@ void all_rows(const LinearArgs& a, const PanelScales& scales, const Slab& slab, 
   });
 }
 
+#if defined(TW_TILES)
+// Blocks [first, last) of a slab in runs of `run`, whose products are made `step` = 1 or 2 blocks at a time.
+template <int MR, Run length>
+TW_INLINE void tiled_runs(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t first,
+                          int64_t last, int64_t run, int64_t step, int64_t m, int rows, float* totals) {
+  const int64_t k_blocks = a.w.k_blocks(), x_stride = k_blocks * 32;
+  const int8_t* x = a.codes + m * x_stride;
+  const float* sx = a.scales + m * k_blocks;
+  const int32_t* correction = a.corrections + m * a.runs + first / run;
+  alignas(64) int32_t dots[kTiledRows * 32];
+  for (int64_t kb = first; kb < last; kb += run, ++correction) {
+    tiles_zero<MR>();
+    for (int64_t at = kb; at < kb + run && at < last; at += step) {
+      const uint8_t* codes = slab.codes + (at - slab.first) * 1024;
+      operands_load<MR>(x + at * 32, x_stride, codes, codes + 64, 128);
+      each_tile<MR, 2>([](auto i, auto j) { tile_dot_s8u8<i.n * 2 + j.n, 4 + i.n, 6 + j.n>(); });
+    }
+    tiles_store<MR>(dots);
+    in_tiles<8>(0, rows, [&](int64_t r, auto n) {
+      I dot[n.n][2];
+      F sum[n.n][2];
+      start_dots<n.n>(a, scales, correction + r * a.runs, kb, 0, 0, dot);
+      TW_UNROLL for (int i = 0; i < n.n; ++i) {
+        TW_UNROLL for (int half = 0; half < 2; ++half) {
+          dot[i][half] = iadd(dot[i][half], iload(dots + (r + i) * 32 + half * 16));
+          sum[i][half] = load(totals + (r + i) * 32 + half * 16);
+        }
+      }
+      add_scaled<n.n>(a, scales, correction + r * a.runs, sx + r * k_blocks, kb, 0, 0, dot, sum);
+      TW_UNROLL for (int i = 0; i < n.n; ++i) {
+        TW_UNROLL for (int half = 0; half < 2; ++half) store(totals + (r + i) * 32 + half * 16, sum[i][half]);
+      }
+    });
+  }
+}
+
+template <Run length>
+void all_rows_in_tiles(const LinearArgs& a, const PanelScales& scales, const Slab& slab, int64_t begin,
+                       int64_t end, float* totals) {
+  const int64_t run = length == Run::several ? a.run / 32 : 1, blocks = slab.last - slab.first;
+  Prefetch prefetch = slab.prefetch;
+  for (int64_t kb = 0; kb < blocks; ++kb) prefetch.next();
+  // Two blocks fill a tile. An odd run, and the last one of a row, may not read a block too many.
+  const int64_t full = run % 2 ? 0 : blocks % 2 ? blocks / run * run : blocks;
+  const auto part = [&](int64_t first, int64_t last, int step) {
+    if (first == last) return;
+    in_tiled_rows(end - begin, step * 32, [&](int64_t m, int rows, auto tiles) {
+      tiled_runs<tiles.n, length>(a, scales, slab, slab.first + first, slab.first + last, run, step,
+                                  begin + m, rows, totals + m * 32);
+    });
+  };
+  part(0, full, 2);
+  part(full, blocks, 1);
+}
+#endif
+
 // Only the 16-bit sums of AVX2 gain from codes of 4 bits; elsewhere a panel is a panel.
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
 constexpr int kPanelBits = 4;
@@ -236,17 +297,24 @@ void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uin
     Prefetch next{b.codes + last * code_block_bytes(r), code_block_bytes(r)};
     if (last == k_blocks) next = {};
     const Slab slab{codes, first, last, next};
+#if defined(TW_TILES)
+    if constexpr (length != Run::half) {
+      all_rows_in_tiles<length>(a, scales, slab, m_begin, m_end, totals);
+      continue;
+    }
+#endif
     all_rows<r == Read::nibbles ? kPanelBits : 8, length>(a, scales, slab, m_begin, m_end, totals);
   }
   for (int64_t m = 0; m < m_count; ++m)
     for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
 }
 
+#if !defined(TW_TILES)
 template <class T>
 void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* x = row<const T>(a.x, r);
-    int8_t* codes = a.codes + r * a.k_blocks * 32;
+    int8_t* codes = a.codes + r * a.row_blocks * 32;
     float token_scale = 0.0f;
     // Two passes where one scale serves the row; the body of a block is the same.
     const auto amax_of = [&](int64_t kb, F v[32 / W]) {
@@ -291,7 +359,7 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
         TW_UNROLL for (int i = 0; i < 32 / W; ++i)
             store_s8(c + i * W, max_propagate(min_propagate(div(v[i], s), set1(127.0f)), set1(-127.0f)));
       }
-      a.scales[r * a.k_blocks + kb] = scale;
+      a.scales[r * a.row_blocks + kb] = scale;
       for (int i = 0; i < 32; ++i) sum += c[i] * (a.run != 16 || i < 16);
       if (a.run == 16) {
         correct(kb * 2, sum, scale);
@@ -306,12 +374,15 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
     }
   }
 }
+#endif
 
 }  // namespace
 
+#if !defined(TW_TILES)
 void TW_KERNEL(quantise_rows)(const QuantiseArgs& a, int64_t begin, int64_t end) {
   with_storage(a.dtype, [&](auto t) { quantise<decltype(t)>(a, begin, end); });
 }
+#endif
 
 void TW_KERNEL(linear_int8)(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, void* panel) {
   with_read<false>(a.w, [&](auto as) {

@@ -253,18 +253,21 @@ struct ValueTable {
   }
 };
 
-// Stores W outputs of row m, the block's rows [first, first + W), with the bias; outputs past n are dropped.
+// Stores W outputs of row m, the block's rows [first, first + W), with bias and residual; outputs past n are
+// dropped.
 TW_INLINE void store_outputs(const LinearArgs& a, int64_t block, int first, int64_t m, F y) {
   const int64_t at = block * 32 + first, left = a.w.n - at;
   if (left <= 0) return;
   const int count = left < W ? int(left) : W;
   if (a.bias) y = add(y, load(a.bias + at, count));
   with_storage(a.out_dtype, [&](auto t) {
-    auto* out = row<decltype(t)>(a.out, m) + at;
+    using T = decltype(t);
+    T* out = row<T>(a.out, m) + at;
+    const T* residual = a.residual.base ? row<const T>(a.residual, m) + at : nullptr;
     if (count == W)
-      store(out, y);
+      store(out, residual ? add(y, load(residual)) : y);
     else
-      store(out, y, count);
+      store(out, residual ? add(y, load(residual, count)) : y, count);
   });
 }
 

@@ -39,34 +39,27 @@ class DecodeStep:
         def buffer(*shape: int) -> Tensor:
             return torch.empty(batch, *shape)
 
-        x, total, other = buffer(1, config.hidden_size), buffer(1, config.hidden_size), buffer(1, config.hidden_size)
+        total, other = buffer(1, config.hidden_size), buffer(1, config.hidden_size)
         self.normed = buffer(1, config.hidden_size)
         qkv = buffer(1, (heads + 2 * kv_heads) * head_dim)
         q, k, v = qkv.view(batch, 1, -1, head_dim).transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
         attended = buffer(heads, 1, head_dim)
-        gate_up, inner = buffer(1, 2 * config.intermediate_size), buffer(1, config.intermediate_size)
-        gate, up = gate_up.chunk(2, dim=-1)
 
         calls = [bound.embedding(self.ids, model.embedding.matrix, total.view(batch, -1))]
         for index, layer in enumerate(model.layers):
-            # The residual stream starts as the embedding, then goes back and forth between two buffers.
-            if index == 0:
-                calls.append(bound.norm(total, None, layer.attention_norm, eps, self.normed, None))
-            else:
-                calls.append(bound.norm(x, other, layer.attention_norm, eps, self.normed, total))
+            # The residual stream goes back and forth between two buffers.
             keys, values, left = cache.keys[index], cache.values[index], config.left_window(index)
             calls += [
+                bound.norm(total, layer.attention_norm, eps, self.normed),
                 bound.linear(self.normed, layer.qkv, qkv),
                 bound.rope(q, k, *self.tables, self.positions, config.rope_interleaved, config.rotary_dim),
                 bound.kv_append(keys, values, k, v, self.rows),
                 bound.attention(q, keys, values, self.starts, self.end, head_dim**-0.5, left, attended),
-                bound.linear(attended.view(batch, 1, -1), layer.output, x),
-                bound.norm(x, total, layer.mlp_norm, eps, self.normed, other),
-                bound.linear(self.normed, layer.gate_up, gate_up),
-                bound.silu_mul(gate, up, inner),
-                bound.linear(inner, layer.down, x),
+                bound.linear(attended.view(batch, 1, -1), layer.output, other, total),
+                bound.norm(other, layer.mlp_norm, eps, self.normed),
+                *bound.mlp(self.normed, layer.gate_up, layer.down, config.intermediate_size, total, other),
             ]
-        self.calls = [*calls, bound.norm(x, other, model.norm, eps, self.normed, total)]
+        self.calls = [*calls, bound.norm(total, model.norm, eps, self.normed)]
 
     def fits(self, model: CausalLM, cache: DynamicCache, tables: tuple[Tensor, Tensor]) -> bool:
         """Whether it still describes model, cache and rotary tables: buffers grow, weights may be replaced."""

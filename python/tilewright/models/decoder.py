@@ -20,10 +20,10 @@ from tilewright.generation.loop import generate
 from tilewright.models.config import ModelConfig
 from tilewright.models.decode import DecodeStep
 from tilewright.models.inputs import check_ids, check_kept, check_positions, left_padding
-from tilewright.models.linear import Embedding, bound
+from tilewright.models.linear import Embedding, bound, bound_mlp, bound_residual
 from tilewright.models.outputs import CausalLMOutput
 from tilewright.models.saver import save_pretrained
-from tilewright.ops import kv_append, rms_norm, rope, rope_tables, silu_mul
+from tilewright.ops import kv_append, rms_norm, rope, rope_tables
 from tilewright.ops.attention import attention_cached
 from tilewright.ops.registry import direct
 
@@ -51,14 +51,14 @@ class DecoderLayer(nn.Module):
 
 @dataclass(slots=True)
 class BoundLayer:
-    """A DecoderLayer bound for the hot path. left: see `ModelConfig.left_window`."""
+    """A DecoderLayer bound for the hot path; output and mlp are called with `residual`, the residual stream, and add
+    to it. left: see `ModelConfig.left_window`."""
 
     attention_norm: Tensor
     qkv: Callable[[Tensor], Tensor]
-    output: Callable[[Tensor], Tensor]
+    output: Callable[..., Tensor]
     mlp_norm: Tensor
-    gate_up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    mlp: Callable[..., Tensor]
     left: int
 
 
@@ -185,24 +185,23 @@ class CausalLM(nn.Module):
             return self._run_rows(ids, cache, starts, logits_to_keep)
         config, layers = self.config, self.bound_layers()
         step = self._begin(ids, cache, starts, position_ids)
-        # `total` is the residual stream; each norm adds x, the output of the block before it, on the way.
-        x, total = self.embedding(ids), None
+        total = self.embedding(ids)  # the residual stream
         for index, layer in enumerate(layers):
-            x, total = add_norm(x, total, layer.attention_norm, config.rms_norm_eps)
             if hidden_states is not None:
                 hidden_states.append(total)
-            x = attention_block(x, layer, step, cache.keys[index], cache.values[index], config)
-            x, total = add_norm(x, total, layer.mlp_norm, config.rms_norm_eps)
-            x = mlp_block(x, layer)
+            x = rms_norm(total, layer.attention_norm, config.rms_norm_eps)
+            x = attend(layer.qkv(x), step, cache.keys[index], cache.values[index], config, layer.left)
+            total = layer.output(x, residual=total)
+            total = layer.mlp(rms_norm(total, layer.mlp_norm, config.rms_norm_eps), residual=total)
         cache.advance(ids.shape[1])
 
         if hidden_states is not None:
-            hidden_states.append(add_norm(x, total, self.norm, config.rms_norm_eps)[0])
+            hidden_states.append(rms_norm(total, self.norm, config.rms_norm_eps))
         if isinstance(logits_to_keep, Tensor):
-            x, total = x[:, logits_to_keep], total[:, logits_to_keep]
+            total = total[:, logits_to_keep]
         elif 0 < logits_to_keep < ids.shape[1]:
-            x, total = x[:, -logits_to_keep:], total[:, -logits_to_keep:]
-        return self._head(add_norm(x, total, self.norm, config.rms_norm_eps)[0])
+            total = total[:, -logits_to_keep:]
+        return self._head(rms_norm(total, self.norm, config.rms_norm_eps))
 
     def _run_rows(self, ids: Tensor, cache: DynamicCache, starts: Tensor | None, keep: int | Tensor) -> Tensor:
         """`run` for sequences with padding in front, one after the other: padding costs nothing, and a sequence's
@@ -272,10 +271,9 @@ class CausalLM(nn.Module):
             BoundLayer(
                 layer.attention_norm,
                 bound(layer.qkv),
-                bound(layer.output),
+                bound_residual(layer.output),
                 layer.mlp_norm,
-                bound(layer.gate_up),
-                bound(layer.down),
+                bound_mlp(layer.gate_up, layer.down),
                 self.config.left_window(index),
             )
             for index, layer in enumerate(self.layers)
@@ -292,18 +290,12 @@ class CausalLM(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
 
-def add_norm(x: Tensor, total: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream with x added, normed and as it is; total None: x starts the stream."""
-    return (rms_norm(x, weight, eps), x) if total is None else rms_norm(x, weight, eps, residual=total)
-
-
-def attention_block(
-    x: Tensor, layer: BoundLayer, step: Step, keys: Tensor, values: Tensor, config: ModelConfig
-) -> Tensor:
-    """Causal self-attention. x: fp32 (batch, seq, hidden), normed; keys, values: the layer's cache."""
-    batch, seq, _ = x.shape
+def attend(qkv: Tensor, step: Step, keys: Tensor, values: Tensor, config: ModelConfig, left: int) -> Tensor:
+    """Causal self-attention of fp32 (batch, seq, (heads + 2 kv_heads) * head_dim), (batch, seq, heads * head_dim);
+    keys, values: the layer's cache."""
+    batch, seq, _ = qkv.shape
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-    heads = layer.qkv(x).view(batch, seq, -1, head_dim).transpose(1, 2)
+    heads = qkv.view(batch, seq, -1, head_dim).transpose(1, 2)
     q, k, v = heads.split((config.num_attention_heads, kv_heads, kv_heads), dim=1)
     q, k = rope(
         q,
@@ -316,16 +308,8 @@ def attention_block(
         inplace=True,
     )
     kv_append(keys, values, k, v, step.rows)
-    out = attention_cached(
-        q, keys, values, k_start=step.k_start, k_end=step.k_end, scale=head_dim**-0.5, left=layer.left
-    )
-    return layer.output(out.transpose(1, 2).reshape(batch, seq, -1))
-
-
-def mlp_block(x: Tensor, layer: BoundLayer) -> Tensor:
-    """down(silu(gate(x)) * up(x)). x: fp32 (batch, seq, hidden), normed."""
-    gate, up = layer.gate_up(x).chunk(2, dim=-1)
-    return layer.down(silu_mul(gate, up))
+    out = attention_cached(q, keys, values, k_start=step.k_start, k_end=step.k_end, scale=head_dim**-0.5, left=left)
+    return out.transpose(1, 2).reshape(batch, seq, -1)
 
 
 class RopeTables:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright.models.config import ModelConfig
-from tilewright.models.decoder import BoundLayer, RopeTables, Step, attention_block, mlp_block
+from tilewright.models.decoder import RopeTables, Step, attend
 from tilewright.models.linear import Matrix
 from tilewright.models.loader import check_tensors
 from tilewright.models.saver import halves
 from tilewright.models.sources import HF_NAMES, open_source
-from tilewright.ops import rms_norm
+from tilewright.ops import rms_norm, silu_mul
 from tilewright.quant import QuantizedWeight
 
 # The matrices of a layer, in the order in which they are needed: those in a group read the same input.
@@ -122,22 +121,22 @@ class LayerReader:
         config, (samples, seq, _) = self.config, states.shape
         cos, sin = self._tables.upto(seq)
         positions = torch.arange(seq)
-        bound = self._bound(layer)
         for piece in _pieces(samples, seq):
             batch = piece.stop - piece.start
             cached = (batch, config.num_key_value_heads, seq, config.head_dim)
             step = Step(
                 cos, sin, positions, positions, torch.zeros(batch, dtype=torch.int64), torch.full((batch,), seq)
             )
-            x = rms_norm(states[piece], bound.attention_norm, config.rms_norm_eps)
-            yield piece, attention_block(x, bound, step, torch.empty(cached), torch.empty(cached), config)
+            x = rms_norm(states[piece], layer.weights["attention_norm"], config.rms_norm_eps)
+            qkv = _beside(layer, GROUPS[0], x)
+            left = config.left_window(layer.index)
+            yield piece, attend(qkv, step, torch.empty(cached), torch.empty(cached), config, left)
 
     def gated(self, layer: Layer, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The same for the down projection; ``states``: the residual stream after attention."""
-        bound = self._bound(layer)
         for piece in _pieces(*states.shape[:2]):
-            x = rms_norm(states[piece], bound.mlp_norm, self.config.rms_norm_eps)
-            yield piece, mlp_block(x, bound)
+            x = rms_norm(states[piece], layer.weights["mlp_norm"], self.config.rms_norm_eps)
+            yield piece, silu_mul(*_beside(layer, GROUPS[2], x).chunk(2, dim=-1))
 
     def normed(self, weight: Tensor, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """``states`` behind a norm, piece by piece."""
@@ -162,22 +161,6 @@ class LayerReader:
             logits.append(x @ part.t())
         self.source.release()
         return torch.cat(logits, dim=-1).log_softmax(-1)
-
-    def _bound(self, layer: Layer) -> BoundLayer:
-        """The layer without its output and down projections."""
-
-        def beside(names: tuple[str, ...], x: Tensor) -> Tensor:
-            return torch.cat([linear(layer, name, x) for name in names], dim=-1)
-
-        return BoundLayer(
-            layer.weights["attention_norm"],
-            partial(beside, GROUPS[0]),
-            lambda x: x,
-            layer.weights["mlp_norm"],
-            partial(beside, GROUPS[2]),
-            lambda x: x,
-            self.config.left_window(layer.index),
-        )
 
     def _float(self, name: str, kind: str) -> Tensor:
         tensor = self.source.load(name)
@@ -204,6 +187,10 @@ class LayerReader:
 def linear(layer: Layer, name: str, x: Tensor) -> Tensor:
     """One of the layer's matrices on x."""
     return F.linear(x, layer.weights[name], layer.biases.get(name))
+
+
+def _beside(layer: Layer, names: tuple[str, ...], x: Tensor) -> Tensor:
+    return torch.cat([linear(layer, name, x) for name in names], dim=-1)
 
 
 def hf_name(name: str, index: int) -> str:

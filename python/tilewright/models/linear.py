@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilewright.ops import quantized_linear
+from tilewright.ops import gated_mlp, quantized_linear, silu_mul
+from tilewright.ops.bound import fusable_modules
 from tilewright.quant import QuantizedLinear, QuantizedWeight
-from tilewright.quant.weight import FLOAT_CODES
+from tilewright.quant.weight import FLOAT_CODES, pack_bf16
 
 # Packed weights store blocks of so many rows; only whole blocks can be stacked without repacking.
 _BLOCK_ROWS = 32
@@ -20,11 +21,7 @@ Matrix = Tensor | QuantizedWeight
 
 
 class DenseLinear(nn.Module):
-    """`x @ weight.T + bias` for a dense weight (N, K), fp32 or bf16; bias (N,) fp32 or None.
-
-    A bf16 weight multiplies bf16 activations (the sum is fp32 inside, rounded to bf16 once); the bias is
-    added in fp32 after that.
-    """
+    """`x @ weight.T + bias` for an fp32 weight (N, K); bias (N,) fp32 or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -33,10 +30,7 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: fp32 (..., K); returns fp32 (..., N)."""
-        if self.weight.dtype == torch.float32:
-            return F.linear(x, self.weight, self.bias)
-        out = F.linear(x.to(self.weight.dtype), self.weight).float()
-        return out if self.bias is None else out.add_(self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Parallel(nn.Module):
@@ -61,17 +55,20 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 (batch, seq), in range; returns fp32 (batch, seq, hidden)."""
         weight = self.matrix.weight
-        return weight.rows(ids) if isinstance(weight, QuantizedWeight) else F.embedding(ids, weight).float()
+        return weight.rows(ids) if isinstance(weight, QuantizedWeight) else F.embedding(ids, weight)
 
 
 def linear(weight: Matrix, bias: Tensor | None, activation: str) -> nn.Module:
-    """The module for one matrix. `activation` as in `quantized_linear`; dense weights do not use it, and codes that
-    are no integers (nf4, fp4, e4m3) take bf16 where it asks for integers, which would gain them nothing."""
-    if isinstance(weight, QuantizedWeight):
-        if activation.startswith("int8") and weight.codes in FLOAT_CODES:
-            activation = "bf16"
-        return QuantizedLinear.from_weight(weight, bias, activation=activation)
-    return DenseLinear(weight, bias)
+    """The module for one matrix, dense ones fp32 or bf16. `activation` as in `quantized_linear`; dense weights do not
+    use it (bf16 takes bf16), and codes that are no integers (nf4, fp4, e4m3) take bf16 where it asks for integers,
+    which would gain them nothing."""
+    if isinstance(weight, Tensor):
+        if weight.dtype == torch.float32:
+            return DenseLinear(weight, bias)
+        weight, activation = pack_bf16(weight), "bf16"
+    if activation.startswith("int8") and weight.codes in FLOAT_CODES:
+        activation = "bf16"
+    return QuantizedLinear.from_weight(weight, bias, activation=activation)
 
 
 def stacked(weights: Sequence[Matrix], biases: Sequence[Tensor | None], activation: str) -> nn.Module:
@@ -83,7 +80,9 @@ def stacked(weights: Sequence[Matrix], biases: Sequence[Tensor | None], activati
         ]
         bias = torch.cat(filled)
     if all(isinstance(weight, Tensor) and weight.dtype == weights[0].dtype for weight in weights):
-        return linear(torch.cat(list(weights)), bias, activation)
+        if weights[0].dtype == torch.bfloat16 and all(weight.shape[0] % _BLOCK_ROWS == 0 for weight in weights[:-1]):
+            return linear(pack_bf16(*weights), bias, "bf16")
+        return linear(torch.cat(list(weights)), bias, activation)  # in memory of its own, not the file's
     if len(weights) == 1:
         return linear(weights[0], bias, activation)
     packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
@@ -98,10 +97,56 @@ def _stackable(weights: Sequence[QuantizedWeight]) -> bool:
     ) and all(weight.shape[0] % _BLOCK_ROWS == 0 for weight in weights[:-1])
 
 
+def dense_dtype(module: nn.Module) -> torch.dtype | None:
+    """What a module's matrices are exactly, float32 or bfloat16; None for quantised and mixed ones."""
+    if isinstance(module, Parallel):
+        dtypes = {dense_dtype(part) for part in module.parts}
+        return dtypes.pop() if len(dtypes) == 1 else None
+    if isinstance(module, DenseLinear):
+        return torch.float32
+    return torch.bfloat16 if module.weight.codes == "bf16" else None
+
+
+def dense_rows(module: nn.Module, first: int, last: int) -> Tensor:
+    """Rows of a dense module's matrix, (last - first, K)."""
+    if isinstance(module, DenseLinear):
+        return module.weight[first:last]
+    return module.weight.rows(torch.arange(first, last)).bfloat16()
+
+
 def bound(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module's forward as a plain function, without nn.Module's attribute look-ups in between."""
     if isinstance(module, QuantizedLinear):
         return partial(quantized_linear, weight=module.weight, bias=module.bias, activation=module.activation)
-    if isinstance(module, DenseLinear) and module.weight.dtype == torch.float32:
+    if isinstance(module, DenseLinear):
         return partial(F.linear, weight=module.weight, bias=module.bias)
     return module.forward
+
+
+def bound_residual(module: nn.Module) -> Callable[..., Tensor]:
+    """As `bound`: residual + module(x) of (x, *, residual)."""
+    if isinstance(module, QuantizedLinear):
+        return bound(module)
+    return partial(_add, bound(module))
+
+
+def bound_mlp(gate_up: nn.Module, down: nn.Module) -> Callable[..., Tensor]:
+    """residual + down(silu(gate(x)) * up(x)) of (x, *, residual), in one call where the kernel takes both matrices."""
+    if fusable_modules(gate_up, down):
+        return partial(
+            gated_mlp,
+            gate_up=gate_up.weight,
+            down=down.weight,
+            gate_up_bias=gate_up.bias,
+            down_bias=down.bias,
+            activation=down.activation,
+        )
+    return partial(_mlp, bound(gate_up), bound_residual(down))
+
+
+def _add(call: Callable[[Tensor], Tensor], x: Tensor, *, residual: Tensor) -> Tensor:
+    return call(x).add_(residual)
+
+
+def _mlp(gate_up: Callable[[Tensor], Tensor], down: Callable[..., Tensor], x: Tensor, *, residual: Tensor) -> Tensor:
+    return down(silu_mul(*gate_up(x).chunk(2, dim=-1)), residual=residual)

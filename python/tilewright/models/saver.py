@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tilewright.models.linear import DenseLinear, Parallel
+from tilewright.models.linear import Parallel, dense_dtype, dense_rows
 
 if TYPE_CHECKING:
     from tilewright.models.decoder import CausalLM
@@ -29,20 +31,20 @@ def save_pretrained(model: CausalLM, directory: str | os.PathLike[str], max_shar
     this one are removed. Raises NotImplementedError for a model with quantised matrices.
     """
     limit = parse_size(max_shard_size)
-    tensors = dict(named_tensors(model))
+    tensors = list(stored_tensors(model))
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_pretrained: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[list[Stored]] = [[]]
     sizes = [0]
-    for name, tensor in tensors.items():
-        if shards[-1] and sizes[-1] + tensor.nbytes > limit:
-            shards.append({})
+    for stored in tensors:
+        if shards[-1] and sizes[-1] + stored.nbytes > limit:
+            shards.append([])
             sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
+        shards[-1].append(stored)
+        sizes[-1] += stored.nbytes
 
     count = len(shards)
     files = (
@@ -50,14 +52,23 @@ def save_pretrained(model: CausalLM, directory: str | os.PathLike[str], max_shar
     )
     texts = {"config.json": _config(model)}
     if count > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        weight_map = {stored.name: file for file, shard in zip(files, shards, strict=True) for stored in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         texts = {"model.safetensors.index.json": index, **texts}
     _write(folder, files, shards, texts)
     model.generation_config.save_pretrained(folder)
 
 
-def named_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file, made when its shard is written: packed bf16 matrices are not unpacked all at once."""
+
+    name: str
+    nbytes: int
+    tensor: Callable[[], Tensor]
+
+
+def stored_tensors(model: CausalLM) -> Iterator[Stored]:
     """Every tensor under transformers' name, stacked matrices taken apart."""
     config = model.config
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -65,17 +76,17 @@ def named_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     yield from _parts(model.embedding.matrix, {"model.embed_tokens": config.vocab_size})
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
-        yield f"{prefix}.input_layernorm.weight", layer.attention_norm
+        yield _whole(f"{prefix}.input_layernorm.weight", layer.attention_norm)
         attention = f"{prefix}.self_attn"
         rows = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
-        for name, tensor in _parts(layer.qkv, rows):
-            rotary = config.rope_interleaved and not name.startswith(f"{attention}.v_proj")
-            yield name, halves(tensor, config.head_dim) if rotary else tensor
+        for stored in _parts(layer.qkv, rows):
+            rotary = config.rope_interleaved and not stored.name.startswith(f"{attention}.v_proj")
+            yield Stored(stored.name, stored.nbytes, _halved(stored, config.head_dim)) if rotary else stored
         yield from _parts(layer.output, {f"{attention}.o_proj": config.hidden_size})
-        yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm
+        yield _whole(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm)
         yield from _parts(layer.gate_up, {f"{prefix}.mlp.gate_proj": inner, f"{prefix}.mlp.up_proj": inner})
         yield from _parts(layer.down, {f"{prefix}.mlp.down_proj": config.hidden_size})
-    yield "model.norm.weight", model.norm
+    yield _whole("model.norm.weight", model.norm)
     if not config.tie_word_embeddings:
         yield from _parts(model.head, {"lm_head": config.vocab_size})
 
@@ -90,20 +101,33 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _parts(module: nn.Module, rows: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+def _parts(module: nn.Module, rows: dict[str, int]) -> Iterator[Stored]:
     """The matrices and biases that a module holds, under the names in `rows` with their row counts."""
     if isinstance(module, Parallel):
         for part, (name, count) in zip(module.parts, rows.items(), strict=True):
             yield from _parts(part, {name: count})
         return
-    if not isinstance(module, DenseLinear):
+    dtype = dense_dtype(module)
+    if dtype is None:
         raise NotImplementedError(
             f"save_pretrained: {next(iter(rows))} is quantised; supported are models whose matrices are all dense"
         )
-    for kind, tensor in (("weight", module.weight), ("bias", module.bias)):
-        if tensor is not None:
-            for name, part in zip(rows, tensor.split(list(rows.values())), strict=True):
-                yield f"{name}.{kind}", part
+    first, columns = 0, module.weight.shape[1]
+    for name, count in rows.items():
+        yield Stored(
+            f"{name}.weight", count * columns * dtype.itemsize, partial(dense_rows, module, first, first + count)
+        )
+        if module.bias is not None:
+            yield _whole(f"{name}.bias", module.bias[first : first + count])
+        first += count
+
+
+def _whole(name: str, tensor: Tensor) -> Stored:
+    return Stored(name, tensor.nbytes, lambda: tensor)
+
+
+def _halved(stored: Stored, head_dim: int) -> Callable[[], Tensor]:
+    return lambda: halves(stored.tensor(), head_dim)
 
 
 def halves(tensor: Tensor, head_dim: int) -> Tensor:
@@ -114,31 +138,30 @@ def halves(tensor: Tensor, head_dim: int) -> Tensor:
 
 def _config(model: CausalLM) -> dict:
     config = model.config.to_hf()
-    dtypes = {parameter.dtype for parameter in model.head.parameters()}
-    name = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
+    name = str(dense_dtype(model.head) or torch.float32).removeprefix("torch.")
     config.pop("torch_dtype", None)
     return {**config, "dtype": name, "tie_word_embeddings": model.config.tie_word_embeddings}
 
 
-def _write(folder: Path, files: list[str], shards: list[dict[str, Tensor]], texts: dict[str, dict]) -> None:
+def _write(folder: Path, files: list[str], shards: list[list[Stored]], texts: dict[str, dict]) -> None:
     """Write everything beside its place, then rename; a failure leaves the folder as it was."""
     from safetensors.torch import save_file
 
-    def partial(name: str) -> Path:
+    def temporary(name: str) -> Path:
         return folder / f".{name}.{os.getpid()}"
 
     names = [*files, *texts]
     try:
         for name, shard in zip(files, shards, strict=True):
-            contiguous = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
-            save_file(contiguous, partial(name), metadata={"format": "pt"})
+            tensors = {stored.name: stored.tensor().detach().contiguous() for stored in shard}
+            save_file(tensors, temporary(name), metadata={"format": "pt"})
         for name, values in texts.items():
-            partial(name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            temporary(name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in names:
-            partial(name).replace(folder / name)
+            temporary(name).replace(folder / name)
     finally:
         for name in names:
-            partial(name).unlink(missing_ok=True)
+            temporary(name).unlink(missing_ok=True)
     for old in folder.iterdir():
         if _SHARD.fullmatch(old.name) and old.name not in names:
             old.unlink()

@@ -2,6 +2,7 @@
 
 from tilewright.ops.activation import gelu_mul, silu_mul
 from tilewright.ops.attention import attention, scaled_dot_product_attention
+from tilewright.ops.gated_mlp import gated_mlp
 from tilewright.ops.kv_append import kv_append
 from tilewright.ops.linear import grouped_linear, quantized_linear
 from tilewright.ops.norm import layer_norm, rms_norm
@@ -13,6 +14,7 @@ from tilewright.ops.sample import sample
 __all__ = [
     "QuantizedKV",
     "attention",
+    "gated_mlp",
     "gelu_mul",
     "grouped_linear",
     "kv_append",

@@ -10,27 +10,52 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from tilewright import _C
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options
+from tilewright.ops.gated_mlp import fusable
 from tilewright.quant import QuantizedLinear
 
 Call = Callable[[], object]
 
 
-def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor | None) -> Call:
-    """out = rms_norm(x + residual), total = x + residual; with residual and total None, out = rms_norm(x)."""
-    return partial(_C.norm, "rms_norm", x, residual, weight, None, out, total, eps, False)
+def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Call:
+    """out = rms_norm(x)."""
+    return partial(_C.norm, "rms_norm", x, None, weight, None, out, None, eps, False)
 
 
-def linear(x: Tensor, module: nn.Module, out: Tensor) -> Call:
-    """out = module(x), for a module of `models.linear`."""
+def linear(x: Tensor, module: nn.Module, out: Tensor, residual: Tensor | None = None) -> Call:
+    """out = module(x) + residual, for a module of `models.linear`."""
     if isinstance(module, QuantizedLinear):
         weight = module.weight
-        options = (module.bias, weight.columns, None, module.activation, weight.outlier_threshold)
+        options = (module.bias, residual, weight.columns, None, module.activation, weight.outlier_threshold)
         return partial(_C.linear, x, weight.packed, *weight.spec(), *options, out)
-    return lambda: out.copy_(module(x))
+    if residual is None:
+        return lambda: out.copy_(module(x))
+    return lambda: torch.add(module(x), residual, out=out)
+
+
+def mlp(x: Tensor, gate_up: nn.Module, down: nn.Module, inner: int, out: Tensor, residual: Tensor) -> list[Call]:
+    """out = residual + down(silu(gate(x)) * up(x)), for modules of `models.linear`; inner: rows of gate and of up."""
+    if fusable_modules(gate_up, down):
+        weights = (gate_up.weight.packed, *gate_up.weight.spec(), down.weight.packed, *down.weight.spec())
+        options = (gate_up.bias, down.bias, residual, "silu", down.activation)
+        return [partial(_C.gated_mlp, x, *weights, *options, out)]
+    both, product = x.new_empty((*x.shape[:-1], 2 * inner)), x.new_empty((*x.shape[:-1], inner))
+    gate, up = both.chunk(2, dim=-1)
+    return [linear(x, gate_up, both), silu_mul(gate, up, product), linear(product, down, out, residual)]
+
+
+def fusable_modules(gate_up: nn.Module, down: nn.Module) -> bool:
+    """Whether one call serves both."""
+    return (
+        isinstance(gate_up, QuantizedLinear)
+        and isinstance(down, QuantizedLinear)
+        and gate_up.activation == down.activation
+        and fusable(gate_up.weight, down.weight)
+    )
 
 
 def embedding(ids: Tensor, matrix: nn.Module, out: Tensor) -> Call:

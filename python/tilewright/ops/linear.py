@@ -32,14 +32,15 @@ def quantized_linear(
     weight: QuantizedWeight,
     bias: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "int8",
     backend: str = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias``.
+    """``x @ weight.T + bias + residual``.
 
-    x: (..., K) float32, bfloat16 or float16; weight: QuantizedWeight (N, K); bias: (N,) or None; result (..., N) in
-    x's dtype. ``activation`` says in what x is multiplied:
+    x: (..., K) float32, bfloat16 or float16; weight: QuantizedWeight (N, K); bias: (N,) or None; residual: of the
+    result's shape and dtype, or None; result (..., N) in x's dtype. ``activation`` says in what x is multiplied:
     "int8": quantised per row and 32 consecutive k (scale max|x|/127, round half to even); bits of a result row
     depend on that row of x alone. "int8_token": one scale a row. "bf16": x rounded to bf16, fp32 sums. "fp32".
     With `weight.columns`, consecutive are the packed columns. With `weight.outlier_threshold`, larger |x| are left
@@ -57,8 +58,8 @@ def quantized_linear(
     except AttributeError:
         raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
     columns, threshold, latent = weight.columns, weight.outlier_threshold, weight.latent
-    if backend in ("auto", "cpu") and direct(x, packed, bias, out, latent):
-        return _linear(x, packed, bias, None, columns, None, *spec, activation, threshold, out)
+    if backend in ("auto", "cpu") and direct(x, packed, bias, residual, out, latent):
+        return _linear(x, packed, bias, None, columns, None, *spec, activation, threshold, out, residual)
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
     if out is not None:
@@ -73,6 +74,13 @@ def quantized_linear(
         record_reference(_OP)
     else:
         result = _dispatched(x, packed, bias, latent, columns, None, *spec, activation, threshold, backend)
+    if residual is not None:
+        if residual.shape != result.shape or residual.dtype != result.dtype:
+            raise ValueError(
+                f"{_OP}: residual must be of the result's shape {tuple(result.shape)} and dtype {result.dtype}, "
+                f"got {tuple(residual.shape)} {residual.dtype}"
+            )
+        result = result + residual
     return result if out is None else out.copy_(result)
 
 
@@ -169,14 +177,18 @@ def _linear(
     activation: str,
     outlier_threshold: float,
     out: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     x = contiguous_last(x)
+    if residual is not None:
+        residual = contiguous_last(residual)
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     if out is None:
         out = x.new_empty((*x.shape[:-1], _outputs(n, group_sizes)))
     if k == 0 and x.dim() and x.shape[-1] == 0:  # an empty sum
-        return out.copy_(torch.zeros(n) if bias is None else bias)
+        out.copy_(torch.zeros(n) if bias is None else bias)
+        return out if residual is None else out.add_(residual)
     _C.linear(
         x,
         packed,
@@ -187,6 +199,7 @@ def _linear(
         offset,
         scale,
         bias,
+        residual,
         columns,
         group_sizes,
         activation,

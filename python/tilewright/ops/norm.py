@@ -109,7 +109,7 @@ def _norm_any(x, residual, weight, bias, eps, centred, backend):
     server = served_by(op, backend, x)
     if server == "reference":
         record_reference(op)
-        out, total = norm_reference(x, residual, weight, bias, eps, centred)
+        out, total = norm_reference(contiguous_last(x), residual, weight, bias, eps, centred)
         out = out.to(x.dtype)
     elif server != "cpu":
         out, total = twin(server, "norm").norm(x, residual, weight, bias, eps, centred)

@@ -181,10 +181,20 @@ def pack(
     return weight
 
 
-def pack_bf16(w: Tensor, source: str = "") -> QuantizedWeight:
-    """A dense ``w`` (N, K), any float dtype, as the layout of bfloat16 that the kernels read."""
-    shape = (w.shape[0], w.shape[1])
+def pack_bf16(*parts: Tensor, source: str = "") -> QuantizedWeight:
+    """Dense ``parts`` (rows, K), any float dtype, one below the other, as the layout of bfloat16 that the kernels read.
+    All but the last have a multiple of 32 rows."""
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    if any(part.shape[1] != shape[1] for part in parts) or any(part.shape[0] % 32 for part in parts[:-1]):
+        raise ValueError(
+            "pack_bf16: parts must have the same columns, and all but the last a multiple of 32 rows; got "
+            + ", ".join(str(tuple(part.shape)) for part in parts)
+        )
     packed = empty_packed(shape, "bf16", -1, "none", "none", "cpu")
     weight = QuantizedWeight(packed, shape, "bf16", -1, "none", "none", source)
-    _C.pack_bf16(w.detach().bfloat16().contiguous(), packed, *weight.spec())
+    first = 0
+    for part in parts:
+        blocks = packed[first // 32 : (first + part.shape[0] + 31) // 32]
+        first += part.shape[0]
+        _C.pack_bf16(part.detach().bfloat16().contiguous(), blocks, part.shape[0], *weight.spec()[1:])
     return weight
