@@ -30,7 +30,7 @@ struct Layout {
 };
 
 template <class T, int BITS, class S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ LinearArgs a, int tiles_m, int tiles_n) {
   using L = Layout<S, BITS>;
   extern __shared__ __align__(128) uint8_t shared[];

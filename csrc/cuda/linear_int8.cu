@@ -143,7 +143,7 @@ __device__ uint32_t subtract_bytes(uint32_t x, uint32_t y) {
 
 // ROW: one scale a row of x and of w.
 template <int BITS, class S, bool ROW>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 1)
     integer_kernel(const __grid_constant__ LinearArgs a, const __grid_constant__ QuantisedX x, int tiles_m,
                    int tiles_n) {
   using L = Layout<S, BITS>;
