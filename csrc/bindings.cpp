@@ -90,31 +90,6 @@ PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t n) {
 PyMethodDef direct_def = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct)),
                           METH_FASTCALL, "Whether these tensors may skip torch's dispatcher."};
 
-void fill_handles(bool use_dlpack) {
-  auto& h = torch_handles();
-  auto torch = py::module_::import("torch");
-  auto own = [](py::object o) { return o.release().ptr(); };  // kept for the life of the process
-  h.tensor = reinterpret_cast<PyTypeObject*>(own(torch.attr("Tensor")));
-  h.parameter = reinterpret_cast<PyTypeObject*>(own(torch.attr("nn").attr("Parameter")));
-  auto c = torch.attr("_C");
-  h.get_num_threads = own(c.attr("get_num_threads"));
-  h.is_grad_enabled = own(torch.attr("is_grad_enabled"));
-  h.is_neg = own(torch.attr("Tensor").attr("is_neg"));
-  h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
-  h.function_depth = own(c.attr("_len_torch_function_stack"));
-  h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));
-  h.forward_ad = own(py::module_::import("torch.autograd.forward_ad"));
-  h.api = nullptr;
-  py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
-  if (use_dlpack && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    auto* header = static_cast<const dlpack::ExchangeApiHeader*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (header && header->version.major != 1) header = header->previous;
-    const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
-    if (api && api->tensor_from_object) h.api = api;
-  }
-}
-
 py::tuple read_strings(const py::buffer& buffer, int64_t at, int64_t count, uint64_t longest) {
   const py::buffer_info bytes = buffer.request();
   const int64_t size = bytes.size * bytes.itemsize;
@@ -139,7 +114,7 @@ py::tuple read_strings(const py::buffer& buffer, int64_t at, int64_t count, uint
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Tilewright's kernels. Private: use the functions of tilewright.";
-  fill_handles(true);
+  fill_torch_handles(true);
   if (const char* n = std::getenv("TILEWRIGHT_NUM_THREADS"); n && *n) {
     char* end = nullptr;
     const long value = std::strtol(n, &end, 10);
@@ -177,10 +152,13 @@ PYBIND11_MODULE(_C, m) {
     return s ? py::object(py::str(s)) : py::none();
   });
   m.def("record", [](const std::string& op, const std::string& implementation) {
-    record(op.c_str(), implementation == "reference" ? "reference" : "triton");
+    record(op.c_str(), implementation == "reference" ? "reference"
+                       : implementation == "cuda"    ? "cuda"
+                                                     : "triton");
   });
   m.def("uses_dlpack", [] { return torch_handles().api != nullptr; });
-  m.def("use_dlpack", &fill_handles, "For tests: read tensors through DLPack or attribute by attribute.");
+  m.def("use_dlpack", &fill_torch_handles,
+        "For tests: read tensors through DLPack or attribute by attribute.");
 
   m.def("norm",
         [](const std::string& op, const TensorView& x, const TensorView& residual, const TensorView& weight,

@@ -77,6 +77,31 @@ TorchHandles& torch_handles() {
   return handles;
 }
 
+void fill_torch_handles(bool use_dlpack) {
+  auto& h = torch_handles();
+  auto torch = py::module_::import("torch");
+  auto own = [](py::object o) { return o.release().ptr(); };  // kept for the life of the process
+  h.tensor = reinterpret_cast<PyTypeObject*>(own(torch.attr("Tensor")));
+  h.parameter = reinterpret_cast<PyTypeObject*>(own(torch.attr("nn").attr("Parameter")));
+  auto c = torch.attr("_C");
+  h.get_num_threads = own(c.attr("get_num_threads"));
+  h.is_grad_enabled = own(torch.attr("is_grad_enabled"));
+  h.is_neg = own(torch.attr("Tensor").attr("is_neg"));
+  h.dispatch_depth = own(c.attr("_len_torch_dispatch_stack"));
+  h.function_depth = own(c.attr("_len_torch_function_stack"));
+  h.peek_functorch = own(c.attr("_functorch").attr("peek_interpreter_stack"));
+  h.forward_ad = own(py::module_::import("torch.autograd.forward_ad"));
+  h.api = nullptr;
+  py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+  if (use_dlpack && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    auto* header = static_cast<const dlpack::ExchangeApiHeader*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (header && header->version.major != 1) header = header->previous;
+    const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+    if (api && api->tensor_from_object) h.api = api;
+  }
+}
+
 TensorView view_of(PyObject* tensor) {
   const auto* api = torch_handles().api;
   TensorView v;

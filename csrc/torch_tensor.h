@@ -58,6 +58,8 @@ struct TorchHandles {
   PyObject* forward_ad = nullptr;
 };
 TorchHandles& torch_handles();
+// Looks torch's names up. Without use_dlpack tensors are read attribute by attribute.
+void fill_torch_handles(bool use_dlpack);
 
 TensorView view_of(PyObject* tensor);
 

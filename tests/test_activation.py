@@ -139,7 +139,7 @@ REJECTED: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, "gelu_mul: all tensors must be on one device, got gate on cpu, up on meta",
      lambda: tilewright.gelu_mul(torch.ones(3), torch.ones(3, device="meta"))),
     (ValueError, "activation must be silu, gelu or gelu_tanh",
-     lambda: torch.ops.tilewright.act_mul(torch.ones(3), torch.ones(3), "relu")),
+     lambda: torch.ops.tilewright.act_mul(torch.ones(3), torch.ones(3), "relu", "auto")),
 ]  # fmt: skip
 
 
@@ -166,10 +166,10 @@ def test_gradients(op: Op, dtype: torch.dtype) -> None:
 
 def test_registration() -> None:
     op = torch.ops.tilewright.act_mul
-    torch.library.opcheck(op, (torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), "gelu"))
+    torch.library.opcheck(op, (torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), "gelu", "auto"))
     for x in (torch.randn(4, 3).t(), torch.randn(2, 3, 4).transpose(0, 1), torch.randn(3, 8)[:, ::2]):
         for dtype in (torch.float32, torch.float64):
-            torch.library.opcheck(op, (x.to(dtype), x.to(dtype), "silu"), test_utils="test_faketensor")
+            torch.library.opcheck(op, (x.to(dtype), x.to(dtype), "silu", "auto"), test_utils="test_faketensor")
 
 
 def test_compiles_whole(op: Op) -> None:

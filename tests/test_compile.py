@@ -39,7 +39,7 @@ def attention_arguments(grad: bool, **changes: object) -> tuple:
     values = {
         "q": rand(2, 4, 3, 8, grad=grad), "k": rand(2, 2, 5, 8, grad=grad), "v": rand(2, 2, 5, 6, grad=grad),
         **dict.fromkeys(Operands._fields[3:]), "scale": 0.3, "softcap": 0.0, "causal": 2, "left": -1, "right": -1,
-        "dropout_p": 0.0, **changes,
+        "dropout_p": 0.0, "backend": "auto", **changes,
     }  # fmt: skip
     return tuple(values.values())
 
@@ -52,7 +52,7 @@ def head_last(*shape: int) -> Tensor:
 
 def linear_arguments(grad: bool, activation: str, x: Tensor | None = None) -> tuple:
     x = rand(2, 3, 64, grad=grad) if x is None else x
-    return (x, WEIGHT.packed, rand(40, grad=grad), None, None, None, *WEIGHT.spec(), activation, 0.0)
+    return (x, WEIGHT.packed, rand(40, grad=grad), None, None, None, *WEIGHT.spec(), activation, 0.0, "auto")
 
 
 COS, SIN = rand(9, 4), rand(9, 4)
@@ -61,9 +61,9 @@ COS, SIN = rand(9, 4), rand(9, 4)
 
 def backward_arguments(**changes: object) -> tuple:
     """The same of attention_backward."""
-    operands, options = (lambda a: (a[:14], a[14:]))(attention_arguments(False, **changes))
-    out, lse = torch.ops.tilewright.attention(*operands, *options)
-    return (torch.ones_like(out), torch.ones_like(lse), *operands, out, lse, *options, True, True)
+    operands, options = (lambda a: (a[:14], a[14:20]))(attention_arguments(False, **changes))
+    out, lse = torch.ops.tilewright.attention(*operands, *options, "auto")
+    return (torch.ones_like(out), torch.ones_like(lse), *operands, out, lse, *options, True, True, "auto")
 
 
 SAMPLES: dict[str, list[Callable[[], tuple]]] = {
@@ -95,11 +95,12 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
     ],
     "weight_rows": [lambda: (torch.arange(40), WEIGHT.packed, *WEIGHT.spec())],
     "norm": [
-        lambda: (rand(3, 8), None, None, None, 1e-5, False),
-        lambda: (rand(3, 8, grad=True), rand(3, 8, grad=True), rand(8, grad=True), rand(8, grad=True), 1e-5, True),
-        lambda: (rand(8, grad=True), None, rand(8, grad=True), rand(8, grad=True), 1e-5, True),
-        lambda: (rand(8, 3).t(), rand(3, 8), rand(8), None, 1e-5, False),
-        lambda: (rand(4, 3, 8).transpose(0, 1), None, rand(8), None, 1e-5, False),
+        lambda: (rand(3, 8), None, None, None, 1e-5, False, "auto"),
+        lambda: (rand(3, 8, grad=True), rand(3, 8, grad=True), rand(8, grad=True), rand(8, grad=True), 1e-5, True,
+                 "auto"),
+        lambda: (rand(8, grad=True), None, rand(8, grad=True), rand(8, grad=True), 1e-5, True, "auto"),
+        lambda: (rand(8, 3).t(), rand(3, 8), rand(8), None, 1e-5, False, "auto"),
+        lambda: (rand(4, 3, 8).transpose(0, 1), None, rand(8), None, 1e-5, False, "auto"),
     ],
 }  # fmt: skip
 

@@ -42,6 +42,22 @@ def test_groups_equal_single_calls(sizes: list[int], kind: str, activation: str)
     assert_same_bits(out, torch.cat(expected))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_reference(bias: bool) -> None:
+    weights, biases = experts("symmetric")
+    x, sizes = torch.randn(141, 96, generator=seeded("x")), SIZES[0]
+    whole = QuantizedWeight.concat(weights)
+    for activation in ACTIVATIONS:
+        out = grouped_linear(
+            x, whole, torch.tensor(sizes), biases if bias else None, activation=activation, backend="reference"
+        )
+        expected = [
+            quantized_linear(part, w, b if bias else None, activation=activation, backend="reference")
+            for part, w, b in zip(x.split(sizes), weights, biases.split(64), strict=True)
+        ]
+        torch.testing.assert_close(out, torch.cat(expected), rtol=1e-6, atol=1e-6)
+
+
 def test_bits_do_not_depend_on_threads(same_bits: Callable) -> None:
     weights, bias = experts("zero", 320, 480)
     x, sizes = torch.randn(141, 480, generator=seeded("x")), torch.tensor(SIZES[0])
@@ -102,6 +118,10 @@ def test_rejected(sizes: torch.Tensor, weight: QuantizedWeight, message: str) ->
 def test_rejected_arguments() -> None:
     with pytest.raises(ValueError, match="activation must be one of"):
         grouped_linear(X, WEIGHT, torch.tensor([3, 3]), activation="int4")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        grouped_linear(X, WEIGHT, torch.tensor([3, 3]), backend="gpu")
+    with pytest.raises(NotImplementedError, match="need tensors on a GPU, got cpu"):
+        grouped_linear(X, WEIGHT, torch.tensor([3, 3]), backend="triton")
     with pytest.raises(ValueError, match=r"\(rows, columns\)"):
         grouped_linear(X.view(2, 3, 96), WEIGHT, torch.tensor([3, 3]))
     with pytest.raises(ValueError, match=r"bias must be .*\(128,\)"):

@@ -210,9 +210,9 @@ def test_float64_runs_the_reference() -> None:
 
 def test_registration() -> None:
     args = tuple(base().values())
-    torch.library.opcheck(torch.ops.tilewright.kv_append, (*args, torch.tensor([3, 1, 0, 7]), None, None))
+    torch.library.opcheck(torch.ops.tilewright.kv_append, (*args, torch.tensor([3, 1, 0, 7]), None, None, "auto"))
     torch.library.opcheck(
-        torch.ops.tilewright.kv_append, (*args, None, TABLE, torch.tensor([3, 1])), test_utils="test_schema"
+        torch.ops.tilewright.kv_append, (*args, None, TABLE, torch.tensor([3, 1]), "auto"), test_utils="test_schema"
     )
 
 

@@ -190,11 +190,11 @@ def test_backward_error_rule(dtype: torch.dtype) -> None:
 
 def test_registration() -> None:
     op, weight = torch.ops.tilewright.norm, torch.randn(6, requires_grad=True)
-    torch.library.opcheck(op, (torch.randn(4, 6, requires_grad=True), None, weight, None, 1e-5, False))
+    torch.library.opcheck(op, (torch.randn(4, 6, requires_grad=True), None, weight, None, 1e-5, False, "auto"))
     for x in (torch.randn(6, 4).t(), torch.randn(2, 6, 3).transpose(1, 2), torch.randn(9, 2, 6)[::2].transpose(0, 1)):
         for dtype in (torch.float32, torch.float64):
-            args = x.to(dtype), x.to(dtype) + 1, weight.detach().to(dtype), weight.detach().to(dtype), 1e-5, True
-            torch.library.opcheck(op, args, test_utils="test_faketensor")
+            y, w = x.to(dtype), weight.detach().to(dtype)
+            torch.library.opcheck(op, (y, y + 1, w, w, 1e-5, True, "auto"), test_utils="test_faketensor")
 
 
 def test_compiles_whole() -> None:

@@ -258,9 +258,9 @@ def test_float64_runs_the_reference() -> None:
 def test_registration() -> None:
     q, k, cos, sin = arguments().values()
     positions = torch.tensor([2, 0, 5])
-    grad = q.requires_grad_(), k.requires_grad_(), cos, sin, positions, False, None
+    grad = q.requires_grad_(), k.requires_grad_(), cos, sin, positions, False, None, "auto"
     torch.library.opcheck(torch.ops.tilewright.rope, grad)
-    plain = q.detach(), k.detach(), cos, sin, positions, True, 16
+    plain = q.detach(), k.detach(), cos, sin, positions, True, 16, "auto"
     torch.library.opcheck(torch.ops.tilewright.rope_, plain)
     for q in (
         torch.randn(2, 3, 4, 16).transpose(1, 2),
@@ -268,7 +268,7 @@ def test_registration() -> None:
         torch.randn(5, 4, 3, 16)[::3],
     ):
         for dtype in (torch.float32, torch.float64):
-            args = q.to(dtype), k.detach().to(dtype), cos, sin, None, False, None
+            args = q.to(dtype), k.detach().to(dtype), cos, sin, None, False, None, "auto"
             torch.library.opcheck(torch.ops.tilewright.rope, args, test_utils="test_faketensor")
 
 

@@ -390,8 +390,8 @@ def test_keywords_that_are_not_ours(models_loaded: bool, monkeypatch: pytest.Mon
 def test_tensors_elsewhere_are_refused() -> None:
     q, k, v = (t.to("meta") for t in qkv())
     assert attention_forward(attention_module(), q, k, v, None)[0].shape == (2, 5, 4, 16)
-    fake = SimpleNamespace(device=torch.device("cuda", 0))
-    with pytest.raises(NotImplementedError, match="must be on the CPU, got cuda:0"):
+    fake = SimpleNamespace(device=torch.device("mps", 0))
+    with pytest.raises(NotImplementedError, match="must be on the CPU or a GPU, got mps:0"):
         attention_forward(attention_module(), fake, fake, fake, None)
 
 

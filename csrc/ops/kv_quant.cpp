@@ -74,7 +74,7 @@ void append_codes(const QuantisedKv& kv, const TensorView& x, bool keys, int64_t
   QuantiseArgs a;
   a.dtype = storage_of(x.dtype);
   a.k = kv.head_dim;
-  a.k_blocks = (kv.head_dim + 31) / 32;
+  a.k_blocks = a.row_blocks = (kv.head_dim + 31) / 32;
   a.per_token = true;
   a.codes = codes;
   a.scales = scales;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import platform
 
 import torch
@@ -45,10 +47,24 @@ def info() -> dict[str, object]:
         "isa": _described(_C.isa()),
         "cpus_usable": _C.usable_cpus(),
         "threads": _C.get_num_threads(),
-        "cuda": "not built",
-        "triton": "not built",
+        "cuda": _cuda(),
+        "triton": _triton(),
         "dlpack_c_exchange": _C.uses_dlpack(),
     }
+
+
+def _cuda() -> str:
+    """The architectures that the CUDA extension was built for."""
+    found = importlib.import_module("tilewright.cuda_kernels").extension()
+    return "not built" if found is None else f"built for {found.built_for()}"
+
+
+def _triton() -> str:
+    """Its version, without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _described(level: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,32 +65,58 @@ class HostLibrary:
             capturing: as while a CUDA graph is captured: allocation and synchronisation fail.
             check: raise PtxFault if a kernel did something wrong.
         """
+        arrays = [a for a in args if is_array(a)]
+        with self.running(
+            arrays, expect=expect, seed=seed, resident=resident, capturing=capturing, check=check
+        ) as found:
+            error = getattr(self._host, function)(*map(_as_c, args))
+        if check and error != expect:
+            raise PtxError(f"{function}: expected error {expect}, got {error}")
+        return found
+
+    @contextmanager
+    def running(
+        self,
+        arrays: Sequence[object],
+        *,
+        expect: int = 0,
+        seed: int = 0,
+        resident: int = 1,
+        capturing: bool = False,
+        check: bool = True,
+    ) -> Iterator[list[Launch]]:
+        """Inside, host code of this library may launch, with the memory of ``arrays`` on the device; afterwards the
+        list that it gives holds the launches. Options as for `call`. What a kernel did wrong goes before an exception
+        of the host code."""
         lib = load()
         lib.ptx_runtime_options(seed, resident, MAX_WARP_INSTRUCTIONS, capturing)
         lib.ptx_runtime_take()
-
-        def convert(value: object) -> object:
-            if is_array(value):
-                return ctypes.c_void_p(value.ctypes.data if hasattr(value, "ctypes") else value.data_ptr())
-            if value is None:
-                return ctypes.c_void_p(0)
-            if isinstance(value, float):
-                return ctypes.c_float(value)
-            return ctypes.c_int(value) if isinstance(value, int) else value
-
-        with _launch_memory([a for a in args if is_array(a) and extent(a)[1] > extent(a)[0]]):
-            error = getattr(self._host, function)(*map(convert, args))
-        launches = []
+        launches: list[Launch] = []
+        failure = None
+        with _launch_memory([a for a in arrays if extent(a)[1] > extent(a)[0]]):
+            try:
+                yield launches
+            except Exception as e:
+                failure = e
         for raw in json.loads(lib.ptx_runtime_take()):
             if "error" in raw:
-                if error == expect:
+                if raw["error"] and expect:
                     continue
-                raise PtxError(f"{function}: {raw['kernel']}: {raw['error']}")
+                raise PtxError(f"{raw['kernel']}: {raw['error']}") from failure
             kernel = self.kernel(raw["kernel"])
             report = parse_report(kernel.name, kernel.instructions, json.dumps(raw["report"]).encode())
             if check:
                 report.check()
             launches.append(Launch(kernel.name, tuple(raw["grid"]), tuple(raw["block"]), raw["shared"], report))
-        if check and error != expect:
-            raise PtxError(f"{function}: expected error {expect}, got {error}")
-        return launches
+        if failure is not None:
+            raise failure
+
+
+def _as_c(value: object) -> object:
+    if is_array(value):
+        return ctypes.c_void_p(value.ctypes.data if hasattr(value, "ctypes") else value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(0)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int(value) if isinstance(value, int) else value

@@ -73,7 +73,7 @@ def flash_attn_func(
     options = score_options(op, q, softmax_scale, causal, window_size, softcap) | {"dropout_p": dropout_p}
     check_slopes(op, alibi_slopes, q.shape[0], q.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    operands = Operands(q, k, v, alibi=alibi_slopes, seed=dropout_seed(dropout_p))
+    operands = Operands(q, k, v, alibi=alibi_slopes, seed=dropout_seed(dropout_p, q))
     out, lse = attention_packed(operands, **options)
     out = out.transpose(1, 2).contiguous()
     return (out, lse, attention_probabilities(operands, **options)) if return_attn_probs else out
@@ -170,7 +170,7 @@ def flash_attn_varlen_func(
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     operands = Operands(
         q.transpose(0, 1).unsqueeze(0), k, v, alibi=alibi_slopes, q_start=q_bounds[:-1], q_end=q_bounds[1:],
-        k_start=k_start, k_end=k_end, block_table=block_table, seed=dropout_seed(dropout_p),
+        k_start=k_start, k_end=k_end, block_table=block_table, seed=dropout_seed(dropout_p, q),
     )  # fmt: skip
     out, lse = attention_packed(operands, **options)
     out = out[0].transpose(0, 1).contiguous()
@@ -289,7 +289,8 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None and k is not None:
         raise ValueError(f"{op}: k and v need cache_seqlens, which says where in the cache they go")
     if cache_seqlens is None or isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), capacity if cache_seqlens is None else cache_seqlens, dtype=torch.int32)
+        length = capacity if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
     check_per_sequence(op, "cache_seqlens", cache_seqlens, batch)
     if cache_leftpad is not None:
         check_per_sequence(op, "cache_leftpad", cache_leftpad, batch)
@@ -307,9 +308,9 @@ def flash_attn_with_kvcache(
         steps = max(seqlen_new, seqlen_q if moving else 1)
         check_rotary(op, rotary_cos, rotary_sin, head_dim, cache_seqlens, steps)
         start = cache_seqlens.long().unsqueeze(1)
-        positions = start + torch.arange(seqlen_q) if moving else start.expand(batch, seqlen_q)
+        positions = start + torch.arange(seqlen_q, device=q.device) if moving else start.expand(batch, seqlen_q)
         q = _rotated(q, rotary_cos, rotary_sin, positions, rotary_interleaved)
-        new_positions = start + torch.arange(seqlen_new)
+        new_positions = start + torch.arange(seqlen_new, device=q.device)
         k = _rotated(k.transpose(1, 2), rotary_cos, rotary_sin, new_positions, rotary_interleaved).transpose(1, 2)
     if k is not None:
         k, v = k.transpose(1, 2), v.transpose(1, 2)

@@ -40,8 +40,8 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_layout: str, k_layout:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-        if t.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(f"{op}: {name} must be on the CPU, got {t.device}; move it there")
+        if t.device.type not in ("cpu", "cuda", "meta"):
+            raise NotImplementedError(f"{op}: {name} must be on the CPU or a GPU, got {t.device}; move it there")
     if q.dim() != q_layout.count(",") + 1 or not k.dim() == v.dim() == k_layout.count(",") + 1:
         raise ValueError(f"{op}: q must be {q_layout}, k and v {k_layout}, got {_found(q, k, v)}")
     heads, kv_heads = q.shape[-2], k.shape[-2]

@@ -283,9 +283,9 @@ def _is_model_input(keyword: str) -> bool:
 
 
 def _check_device(query: Tensor) -> None:
-    if query.device.type not in ("cpu", "meta"):
+    if query.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"{_OP}: tensors must be on the CPU, got {query.device}; move the model or use 'sdpa'"
+            f"{_OP}: tensors must be on the CPU or a GPU, got {query.device}; move the model or use 'sdpa'"
         )
 
 

@@ -8,30 +8,39 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_device, contiguous_last, direct, register
+from tilewright.ops.registry import (
+    check_backend,
+    check_device,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """``gate * sigmoid(gate) * up``.
 
     gate, up: one shape and dtype, float32, bfloat16 or float16 (float64 runs the reference), any strides with
     a contiguous last dimension: the two halves of one tensor are read in place. Arithmetic is float32.
 
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, NotImplementedError for a missing backend.
     """
-    return _act_mul(gate, up, "silu")
+    return _act_mul(gate, up, "silu", backend)
 
 
-def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tensor:
     """``gelu(gate) * up``, as `silu_mul`.
 
     ``approximate`` as in torch: "none" for ``x * Phi(x)``, "tanh" for
     ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`` (https://arxiv.org/abs/1606.08415).
     """
     if approximate == "none":
-        return _act_mul(gate, up, "gelu")
+        return _act_mul(gate, up, "gelu", backend)
     if approximate == "tanh":
-        return _act_mul(gate, up, "gelu_tanh")
+        return _act_mul(gate, up, "gelu_tanh", backend)
     raise ValueError(f'gelu_mul: approximate must be "none" or "tanh", got {approximate!r}')
 
 
@@ -48,31 +57,48 @@ def gelu_mul_reference(gate: Tensor, up: Tensor, approximate: str = "none") -> T
     return torch.nn.functional.gelu(x, approximate=approximate) * up.double()
 
 
-def _act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    if direct(gate, up):
+def _act_mul(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    if backend == "auto" and direct(gate, up):
         return _act_mul_cpu(gate, up, activation)
-    check_device("silu_mul" if activation == "silu" else "gelu_mul", gate=gate, up=up)
-    return torch.ops.tilewright.act_mul(gate, up, activation)
+    op = _name(activation)
+    check_backend(op, backend)
+    check_device(op, gate=gate, up=up)
+    return torch.ops.tilewright.act_mul(gate, up, activation, backend)
+
+
+def _name(activation: str) -> str:
+    return "silu_mul" if activation == "silu" else "gelu_mul"
+
+
+def _act_mul_any(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    server = served_by(_name(activation), backend, gate)
+    if server == "reference":
+        record_reference(_name(activation))
+        if activation == "silu":
+            wide = silu_mul_reference(gate, up)
+        else:
+            wide = gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none")
+        return wide.to(gate.dtype).contiguous()
+    if server != "cpu":
+        return twin(server, "activation").act_mul(gate, up, activation)
+    return _act_mul_cpu(gate, up, activation)
 
 
 def _act_mul_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dtype == torch.float64:
-        _C.record("silu_mul" if activation == "silu" else "gelu_mul", "reference")
-        if activation == "silu":
-            return silu_mul_reference(gate, up).contiguous()
-        return gelu_mul_reference(gate, up, "tanh" if activation == "gelu_tanh" else "none").contiguous()
+        return _act_mul_any(gate, up, activation, "reference")
     gate, up = contiguous_last(gate), contiguous_last(up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.act_mul(gate, up, out, activation)
     return out
 
 
-def _act_mul_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _act_mul_fake(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
-    gate, up, ctx.activation = inputs
+    gate, up, ctx.activation, _ = inputs
     ctx.save_for_backward(gate, up)
 
 
@@ -95,13 +121,14 @@ def _backward(ctx, grad):
     wide = torch.promote_types(gate.dtype, torch.float32)
     value, slope = _value_and_slope(gate.to(wide), ctx.activation)
     grad_gate = (grad.to(wide) * up.to(wide) * slope).to(gate.dtype)
-    return grad_gate, (grad.to(wide) * value).to(up.dtype), None
+    return grad_gate, (grad.to(wide) * value).to(up.dtype), None, None
 
 
 register(
-    "act_mul(Tensor gate, Tensor up, str activation) -> Tensor",
-    _act_mul_cpu,
+    "act_mul(Tensor gate, Tensor up, str activation, str backend) -> Tensor",
+    _act_mul_any,
     _act_mul_fake,
+    on_gpu=True,
     backward=_backward,
     setup_context=_setup_context,
 )

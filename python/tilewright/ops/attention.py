@@ -23,7 +23,17 @@ from tilewright.ops.attention_reference import (
     reference_backward,
 )
 from tilewright.ops.quantized_kv import QuantizedKV
-from tilewright.ops.registry import check_backend, check_device, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import (
+    CUDA_DEVICES,
+    check_backend,
+    check_device,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 
 __all__ = ["attention", "attention_cached", "attention_packed", "attention_reference", "scaled_dot_product_attention"]
 
@@ -86,12 +96,12 @@ def attention(
         raise ValueError(f"{_OP}: softcap must be a finite number >= 0, got {softcap!r}")
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0
-    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p))
+    operands = Operands(q, k, v, mask, bias, alibi_slopes, sinks, seed=dropout_seed(dropout_p, q))
     options = Options(scale, softcap or 0.0, CAUSAL.index(causal), left, right, dropout_p)
     if quantized:
         result, lse = attention_quantized(operands, k, options, backend, out)
         return (result, lse) if return_lse else result
-    if backend != "reference" and direct(*operands[:7], out):
+    if backend in ("auto", "cpu") and direct(*operands[:7], out):
         try:  # the kernel checks; where it refuses, the wording for all paths stands in _check_shapes
             result, lse = _attention(operands, options, return_lse, out)
         except ValueError:
@@ -110,7 +120,7 @@ def attention(
     else:
         if out is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             raise ValueError(f"{_OP}: out= does not support gradients; call it without out")
-        result, lse = torch.ops.tilewright.attention(*operands, *options)
+        result, lse = torch.ops.tilewright.attention(*operands, *options, backend)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
@@ -124,12 +134,12 @@ def attention_packed(
     as q. Rows of q that belong to no sequence give 0 and -inf. Differentiable where there is no block_table and no
     k_batch. A seed is drawn where dropout needs one."""
     if dropout_p and operands.seed is None:
-        operands = operands._replace(seed=dropout_seed(dropout_p))
+        operands = operands._replace(seed=dropout_seed(dropout_p, operands.q))
     scale = max(operands.q.size(-1), 1) ** -0.5 if scale is None else scale
     options = Options(scale, softcap, CAUSAL.index(causal), *window, dropout_p)
     if direct(*operands):
         return _attention(operands, options, True)
-    return torch.ops.tilewright.attention(*operands, *options)
+    return torch.ops.tilewright.attention(*operands, *options, "auto")
 
 
 def attention_cached(
@@ -140,20 +150,21 @@ def attention_cached(
     operands = Operands(q, k, v, k_start=k_start, k_end=k_end)
     options = Options(scale, 0.0, CAUSAL.index("bottom_right"), left)
     if not direct(*operands):
-        return torch.ops.tilewright.attention(*operands, *options)[0]
+        return torch.ops.tilewright.attention(*operands, *options, "auto")[0]
     # (batch, seq, heads, v_dim) in memory: the output projection reads it without a copy.
     batch, heads, seq, _ = q.shape
     out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
     return _attention(operands, options, False, out)[0]
 
 
-def dropout_seed(dropout_p: float) -> Tensor | None:
-    """A seed for dropout from torch's default generator, int64 (1,)."""
+def dropout_seed(dropout_p: float, like: Tensor | None = None) -> Tensor | None:
+    """A seed for dropout from the default generator of ``like``'s device, the CPU's without it; int64 (1,)."""
     if not dropout_p:
         return None
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{_OP}: dropout_p must be a probability in [0, 1], got {dropout_p!r}")
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64)
+    device = None if like is None else like.device
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
 def scaled_dot_product_attention(
@@ -250,7 +261,7 @@ def _attention(
     t = _for_kernel(t)
     if out is None:
         out = _empty_out(t.q, t.v)
-    lse = torch.empty(t.q.shape[:3], dtype=torch.float32) if return_lse else None
+    lse = t.q.new_empty(t.q.shape[:3], dtype=torch.float32) if return_lse else None
     if t.q_start is not None:  # rows that belong to no sequence
         out.zero_()
         if lse is not None:
@@ -286,8 +297,21 @@ def _empty_out(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q)
 
 
-def _attention_cpu(*arguments):
-    return _attention(Operands(*arguments[:14]), Options(*arguments[14:]), True)
+def _attention_any(*arguments):
+    t, options, backend = Operands(*arguments[:14]), Options(*arguments[14:20]), arguments[20]
+    if _wide(t) or (server := _served_by(backend, t)) == "cpu":
+        return _attention(t, options, True)
+    return twin(server, "attention").attention(_for_kernel(t), options, True)
+
+
+def _served_by(backend: str, t: Operands) -> str:
+    on_gpu = t.q.device.type in CUDA_DEVICES and backend in ("auto", "cuda")
+    lacks = twin("cuda", "attention").attention_lacks(t.q, t.k, t.v.shape[-1]) if on_gpu else ""
+    return served_by(_OP, backend, t.q, cuda_lacks=lacks)
+
+
+def _wide(t: Operands) -> bool:
+    return t.q.dtype is torch.float64 or t.k.dtype is torch.float64
 
 
 def _attention_fake(*arguments):
@@ -297,7 +321,7 @@ def _attention_fake(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.options = Options(*inputs[14:])
+    ctx.options, ctx.backend = Options(*inputs[14:20]), inputs[20]
     ctx.save_for_backward(*inputs[:14], *output)
     ctx.set_materialize_grads(False)
 
@@ -310,17 +334,30 @@ def _backward(ctx, grad_out, grad_lse):
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     needs = ctx.needs_input_grad
-    grads = torch.ops.tilewright.attention_backward(grad_out, grad_lse, *t, out, lse, *ctx.options, needs[4], needs[5])
+    grads = torch.ops.tilewright.attention_backward(
+        grad_out, grad_lse, *t, out, lse, *ctx.options, needs[4], needs[5], ctx.backend
+    )
     grads = [g if need else None for g, need in zip(grads, (*needs[:3], *needs[4:7]), strict=True)]
-    return *grads[:3], None, *grads[3:], *(None,) * 13
+    return *grads[:3], None, *grads[3:], *(None,) * 14
 
 
-def _attention_backward_cpu(grad_out, grad_lse, *arguments):
+def _attention_backward_any(grad_out, grad_lse, *arguments):
     """Gradients of q, k, v, bias, alibi and sinks; empty for those that are absent or not needed."""
     t, out, lse, options = Operands(*arguments[:14]), *arguments[14:16], Options(*arguments[16:22])
-    needs_bias, needs_alibi = arguments[22:]
-    if t.q.dtype is torch.float64 or t.k.dtype is torch.float64:
+    needs_bias, needs_alibi, backend = arguments[22:]
+    if _wide(t):
         return reference_backward(grad_out, grad_lse, t, options)
+    kernel = _for_kernel(t)
+    grad_out = contiguous_last(grad_out.to(t.q.dtype))
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    out, lse = contiguous_last(out), lse.contiguous()
+    empty = grad_out.new_empty(0)
+    if (server := _served_by(backend, t)) != "cpu":
+        grads = twin(server, "attention_backward").attention_backward(
+            grad_out, grad_lse, kernel, options, out, lse, needs_bias, needs_alibi
+        )
+        wanted = zip((t.q, t.k, t.v, t.bias, t.alibi, t.sinks), grads, strict=True)
+        return tuple(empty.clone() if g is None else g.to(x.dtype) for x, g in wanted)
     # Keys and rows that belong to no sequence have a gradient of 0, and so have keys without any row.
     ragged = t.q_start is not None or t.k_start is not None or t.k_end is not None
     like = torch.zeros_like if ragged or t.q.shape[2] == 0 else torch.empty_like
@@ -330,21 +367,15 @@ def _attention_backward_cpu(grad_out, grad_lse, *arguments):
         torch.zeros_like(x, dtype=torch.float32, memory_format=contiguous) if x is not None and needed else None
         for x, needed in ((t.bias, needs_bias), (t.alibi, needs_alibi), (t.sinks, True))
     ]
-    kernel = _for_kernel(t)
-    grad_out = contiguous_last(grad_out.to(t.q.dtype))
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     delta = torch.empty_like(lse)
-    _C.attention_backward(
-        *kernel, *options, contiguous_last(out), lse.contiguous(), grad_out, grad_lse, delta, *grads, *extra
-    )
-    empty = grad_out.new_empty(0)
+    _C.attention_backward(*kernel, *options, out, lse, grad_out, grad_lse, delta, *grads, *extra)
     wanted = zip((t.bias, t.alibi, t.sinks), extra, strict=True)
     return *grads, *(empty.clone() if g is None else g.to(x.dtype) for x, g in wanted)
 
 
 def _attention_backward_fake(grad_out, grad_lse, *arguments):
-    t, (needs_bias, needs_alibi) = Operands(*arguments[:14]), arguments[22:]
-    full = t.q.dtype is torch.float64 or t.k.dtype is torch.float64
+    t, (needs_bias, needs_alibi, _) = Operands(*arguments[:14]), arguments[22:]
+    full = _wide(t)
     found = (
         t.q,
         t.k,
@@ -364,15 +395,17 @@ _OPERANDS = (
 _OPTIONS = "float scale, float softcap, int causal, int left, int right, float dropout_p"
 
 register(
-    f"attention({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    _attention_cpu,
+    f"attention({_OPERANDS}, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    _attention_any,
     _attention_fake,
+    on_gpu=True,
     backward=_backward,
     setup_context=_setup_context,
 )
 register(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_OPERANDS}, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool needs_bias, bool needs_alibi) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _attention_backward_cpu,
+    "bool needs_bias, bool needs_alibi, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward_any,
     _attention_backward_fake,
+    on_gpu=True,
 )

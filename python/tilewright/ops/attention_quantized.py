@@ -8,7 +8,7 @@ from torch import Tensor
 from tilewright import _C
 from tilewright.ops.attention_reference import FLOATS, Operands, Options, reference
 from tilewright.ops.quantized_kv import CACHE, QuantizedKV
-from tilewright.ops.registry import check_device, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, record_reference, register, served_by, twin
 
 _OP = "attention"
 
@@ -52,6 +52,19 @@ def _check(q: Tensor, kv: QuantizedKV, out: Tensor | None) -> None:
         raise ValueError(f"{_OP}: out must be {q.dtype} of shape {tuple(q.shape)}, got {out.dtype} {tuple(out.shape)}")
 
 
+def _attention_any(q, *arguments):
+    lacks = "" if q.is_cpu else twin("cuda", "attention").attention_lacks(q, arguments[0], q.shape[-1])
+    server = served_by(
+        _OP, "auto", q, cuda_lacks=lacks, triton_lacks="the Triton kernels of attention do not read a QuantizedKV"
+    )
+    if server == "cpu":
+        return _attention_cpu(q, *arguments)
+    bias = arguments[13]
+    if bias is not None and bias.dtype is torch.float64:
+        arguments = (*arguments[:13], bias.float(), *arguments[14:])
+    return twin(server, "attention").attention_quantized(contiguous_last(q), *arguments)
+
+
 def _attention_cpu(q, *arguments, out=None):
     cache, (mask, bias, alibi, sinks, seed), options = arguments[:12], arguments[12:17], arguments[17:]
     q = contiguous_last(q)
@@ -71,6 +84,7 @@ def _attention_fake(q, *arguments):
 register(
     f"attention_quantized(Tensor q, {CACHE}, Tensor? mask, Tensor? bias, Tensor? alibi, Tensor? sinks, Tensor? seed, "
     "float scale, float softcap, int causal, int left, int right, float dropout_p) -> (Tensor, Tensor)",
-    _attention_cpu,
+    _attention_any,
     _attention_fake,
+    on_gpu=True,
 )

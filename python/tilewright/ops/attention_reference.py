@@ -215,7 +215,7 @@ def dropout_keep(t: Operands, dropout_p: float, sequence: int = 0) -> Tensor:
     """Which attention weights dropout keeps, boolean (batch, heads, seq_q, seq_k): a hash of the seed, the sequence
     (the first one counts as ``sequence``), the head, the query and the key, counted from the first valid one. The
     kernels compute the same (csrc/cpu/kernels/attention_rows.h)."""
-    (batch, heads, seq_q, _), seq_k = t.q.shape, t.k.shape[2]
+    (batch, heads, seq_q, _), seq_k, device = t.q.shape, t.k.shape[2], t.q.device
 
     def mixed(x: Tensor, coordinate: Tensor) -> Tensor:  # splitmix64; int64 wraps as uint64 does
         x = x + (coordinate + 1) * _int64(0x9E3779B97F4A7C15)
@@ -224,16 +224,17 @@ def dropout_keep(t: Operands, dropout_p: float, sequence: int = 0) -> Tensor:
         return x ^ _shifted(x, 31)
 
     assert t.seed is not None
-    x = mixed(t.seed.view(1, 1, 1, 1), torch.arange(sequence, sequence + batch).view(-1, 1, 1, 1))
-    x = mixed(mixed(x, torch.arange(heads).view(-1, 1, 1)), torch.arange(seq_q).view(-1, 1))
+    b = torch.arange(sequence, sequence + batch, device=device).view(-1, 1, 1, 1)
+    head, query = torch.arange(heads, device=device).view(-1, 1, 1), torch.arange(seq_q, device=device).view(-1, 1)
+    x = mixed(mixed(mixed(t.seed.view(1, 1, 1, 1), b), head), query)
     first, second = x & 0xFFFFFFFF, _shifted(x, 32)
-    key = torch.arange(seq_k) - (0 if t.k_start is None else t.k_start.view(-1, 1, 1, 1))
+    key = torch.arange(seq_k, device=device) - (0 if t.k_start is None else t.k_start.view(-1, 1, 1, 1))
     h = (key + first) & 0xFFFFFFFF
     h = ((h ^ (h >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) + second) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     h = h ^ (h >> 15)
-    limit = torch.tensor(1 - dropout_p, dtype=torch.float32) * 16777216.0
+    limit = torch.tensor(1 - dropout_p, dtype=torch.float32).item() * 16777216.0
     return (h >> 8).float() < limit
 
 

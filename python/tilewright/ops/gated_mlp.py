@@ -9,7 +9,7 @@ from torch import Tensor
 from tilewright import _C
 from tilewright.ops.activation import gelu_mul, silu_mul
 from tilewright.ops.linear import quantized_linear
-from tilewright.ops.registry import contiguous_last, direct
+from tilewright.ops.registry import check_backend, contiguous_last, direct
 
 if TYPE_CHECKING:
     from tilewright.quant.weight import QuantizedWeight
@@ -27,6 +27,7 @@ def gated_mlp(
     residual: Tensor | None = None,
     act: str = "silu",
     activation: str = "int8",
+    backend: str = "auto",
 ) -> Tensor:
     """``residual + (act(x @ gate.T) * (x @ up.T)) @ down.T``.
 
@@ -36,17 +37,17 @@ def gated_mlp(
     of `quantized_linear`, `silu_mul` and `quantized_linear`; for 16-bit x what lies between them is not rounded.
     Weights that read x in an order of their own, or by outliers, and calls that need a gradient take those ops.
 
-    Raises ValueError or TypeError for wrong shapes, dtypes and names.
+    Raises ValueError or TypeError for wrong shapes, dtypes and names, NotImplementedError for a missing backend.
     """
+    check_backend("gated_mlp", backend)
     if act not in ACTS:
         raise ValueError(f"gated_mlp: act must be one of {ACTS}, got {act!r}")
     if gate_up.shape[0] != 2 * down.shape[1]:
         raise ValueError(
             f"gated_mlp: gate_up must have two rows for each column of down, got {gate_up.shape} and {down.shape}"
         )
-    if fusable(gate_up, down) and direct(
-        x, gate_up.packed, down.packed, gate_up_bias, down_bias, residual, gate_up.latent, down.latent
-    ):
+    fused = backend in ("auto", "cpu") and fusable(gate_up, down)
+    if fused and direct(x, gate_up.packed, down.packed, gate_up_bias, down_bias, residual, gate_up.latent, down.latent):
         x = contiguous_last(x)
         out = x.new_empty((*x.shape[:-1], down.shape[0]))
         if residual is not None:
@@ -56,9 +57,12 @@ def gated_mlp(
             x, gate_up.packed, *gate_up.spec(), down.packed, *down.spec(), *biases, residual, act, activation, out
         )
         return out
-    gate, up = quantized_linear(x, gate_up, gate_up_bias, activation=activation).chunk(2, dim=-1)
-    inner = silu_mul(gate, up) if act == "silu" else gelu_mul(gate, up, approximate="tanh" if "_" in act else "none")
-    return quantized_linear(inner, down, down_bias, residual=residual, activation=activation)
+    gate, up = quantized_linear(x, gate_up, gate_up_bias, activation=activation, backend=backend).chunk(2, dim=-1)
+    if act == "silu":
+        inner = silu_mul(gate, up, backend=backend)
+    else:
+        inner = gelu_mul(gate, up, approximate="tanh" if "_" in act else "none", backend=backend)
+    return quantized_linear(inner, down, down_bias, residual=residual, activation=activation, backend=backend)
 
 
 def fusable(gate_up: QuantizedWeight, down: QuantizedWeight) -> bool:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from tilewright import _C
 from tilewright.ops.quantized_kv import QuantizedKV, append_quantized
-from tilewright.ops.registry import check_device, contiguous_last, direct, register
+from tilewright.ops.registry import (
+    check_backend,
+    check_device,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 
 
 @overload
@@ -24,8 +33,11 @@ def kv_append(
     *,
     block_table: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
-def kv_append(cache_k, cache_v=None, k=None, v=None, positions=None, *, block_table=None, cache_seqlens=None):
+def kv_append(
+    cache_k, cache_v=None, k=None, v=None, positions=None, *, block_table=None, cache_seqlens=None, backend="auto"
+):
     """Writes k and v into their caches in place, in the caches' dtypes, and returns the caches.
 
     k, v: (batch, kv_heads, seq, head_dim), their head_dims may differ; cache_k, cache_v: (batch, kv_heads,
@@ -45,7 +57,8 @@ def kv_append(cache_k, cache_v=None, k=None, v=None, positions=None, *, block_ta
 
     Raises ValueError, before anything is written, for slots or pages out of range, other shapes or dtypes,
     memory that overlaps, both positions and cache_seqlens, a QuantizedKV without room, or a tensor that needs a
-    gradient.
+    gradient; NotImplementedError for a missing backend. On a GPU, where looking at values would wait for it, tokens
+    whose slot or page does not exist are not written instead.
     """
     if isinstance(cache_k, QuantizedKV):
         if cache_v is None:
@@ -59,14 +72,15 @@ def kv_append(cache_k, cache_v=None, k=None, v=None, positions=None, *, block_ta
         return append_quantized(cache_k, cache_v, k)
     if cache_v is None or k is None or v is None:
         raise TypeError("kv_append: expected (cache_k, cache_v, k, v) or (quantized_kv, k, v)")
-    if direct(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
-        _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
+    if backend == "auto" and direct(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
+        _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
         return cache_k, cache_v
+    check_backend("kv_append", backend)
     check_device("kv_append", cache_k=cache_k, cache_v=cache_v, k=k, v=v, positions=positions)
     check_device("kv_append", cache_k=cache_k, block_table=block_table, cache_seqlens=cache_seqlens)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (cache_k, cache_v, k, v)):
         raise ValueError("kv_append: writes in place and has no gradient; detach the tensors or use no_grad")
-    torch.ops.tilewright.kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens)
+    torch.ops.tilewright.kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, backend)
     return cache_k, cache_v
 
 
@@ -95,22 +109,29 @@ def kv_append_reference(
     return out_k, out_v
 
 
-def _kv_append_cpu(cache_k, cache_v, k, v, positions, block_table, cache_seqlens):
-    if torch.float64 in (cache_k.dtype, cache_v.dtype, k.dtype, v.dtype):
-        _C.record("kv_append", "reference")
+def _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, server="cpu"):
+    if server == "reference" or torch.float64 in (cache_k.dtype, cache_v.dtype, k.dtype, v.dtype):
+        record_reference("kv_append")
         out_k, out_v = kv_append_reference(
             cache_k, cache_v, k, v, positions, block_table=block_table, cache_seqlens=cache_seqlens
         )
         cache_k.copy_(out_k)
         cache_v.copy_(out_v)
         return
-    _C.kv_append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
+    append = _C.kv_append if server == "cpu" else twin(server, "kv_append").kv_append
+    append(cache_k, cache_v, contiguous_last(k), contiguous_last(v), positions, block_table, cache_seqlens)
     torch.autograd.graph.increment_version((cache_k, cache_v))  # a graph that saved them must notice
+
+
+def _kv_append_any(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, backend):
+    server = served_by("kv_append", backend, k)
+    _kv_append(cache_k, cache_v, k, v, positions, block_table, cache_seqlens, server)
 
 
 register(
     "kv_append(Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor k, Tensor v, Tensor? positions,"
-    " Tensor? block_table, Tensor? cache_seqlens) -> ()",
-    _kv_append_cpu,
+    " Tensor? block_table, Tensor? cache_seqlens, str backend) -> ()",
+    _kv_append_any,
     lambda *_: None,
+    on_gpu=True,
 )

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_backend, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import (
+    CUDA_DEVICES,
+    check_backend,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 from tilewright.ops.weight_rows import SPEC
 
 if TYPE_CHECKING:
@@ -49,7 +58,7 @@ def quantized_linear(
     except AttributeError:
         raise TypeError(f"{_OP}: weight must be a QuantizedWeight, got {type(weight).__name__}") from None
     columns, threshold, latent = weight.columns, weight.outlier_threshold, weight.latent
-    if backend != "reference" and direct(x, packed, bias, residual, out, latent):
+    if backend in ("auto", "cpu") and direct(x, packed, bias, residual, out, latent):
         return _linear(x, packed, bias, None, columns, None, *spec, activation, threshold, out, residual)
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
@@ -64,7 +73,7 @@ def quantized_linear(
         result = quantized_linear_reference(x, weight, bias, activation=activation).to(x.dtype)
         record_reference(_OP)
     else:
-        result = _dispatched(x, packed, bias, latent, columns, None, *spec, activation, threshold)
+        result = _dispatched(x, packed, bias, latent, columns, None, *spec, activation, threshold, backend)
     if residual is not None:
         if residual.shape != result.shape or residual.dtype != result.dtype:
             raise ValueError(
@@ -76,21 +85,32 @@ def quantized_linear(
 
 
 def grouped_linear(
-    x: Tensor, weight: QuantizedWeight, group_sizes: Tensor, bias: Tensor | None = None, *, activation: str = "int8"
+    x: Tensor,
+    weight: QuantizedWeight,
+    group_sizes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "int8",
+    backend: str = "auto",
 ) -> Tensor:
     """A linear layer for each group of rows of x, as a mixture of experts has them once its tokens are sorted.
 
     x: (M, K), the rows of the first group first; weight: QuantizedWeight (groups * N, K), the groups' matrices one
     below the other, N a multiple of 32; group_sizes: int64 (groups,), rows of each, 0 allowed, M in all; bias:
     (groups * N,) or None; result (M, N) in x's dtype. Each row has the bits that `quantized_linear` with its
-    group's matrix gives it. Gradients as there. Raises ValueError for sizes and shapes that disagree.
+    group's matrix gives it. Gradients as there. Raises ValueError for sizes and shapes that disagree,
+    NotImplementedError for a missing backend.
     """
+    check_backend("grouped_linear", backend)
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if backend == "reference":
+        record_reference(_OP)
+        return quantized_linear_reference(x, weight, bias, activation=activation, group_sizes=group_sizes).to(x.dtype)
     arguments = (*weight.spec(), activation, weight.outlier_threshold)
-    if direct(x, weight.packed, bias, weight.latent, group_sizes):
+    if backend in ("auto", "cpu") and direct(x, weight.packed, bias, weight.latent, group_sizes):
         return _linear(x, weight.packed, bias, None, weight.columns, group_sizes, *arguments)
-    return _dispatched(x, weight.packed, bias, weight.latent, weight.columns, group_sizes, *arguments)
+    return _dispatched(x, weight.packed, bias, weight.latent, weight.columns, group_sizes, *arguments, backend)
 
 
 def quantise_activations(x: Tensor, activation: str) -> Tensor:
@@ -123,11 +143,22 @@ def rounded_activations(x: Tensor, weight: QuantizedWeight, activation: str) -> 
 
 
 def quantized_linear_reference(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: str = "int8"
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "int8",
+    group_sizes: Tensor | None = None,
 ) -> Tensor:
-    """`quantized_linear` in float64: x quantised or rounded exactly as the kernels do, then plain matmul."""
-    out = rounded_activations(x, weight, activation) @ weight.dequantize().double().t()
-    return out if bias is None else out + bias.double()
+    """`quantized_linear` in float64: x quantised or rounded exactly as the kernels do, then plain matmul; with
+    ``group_sizes``, `grouped_linear`."""
+    rounded, w = rounded_activations(x, weight, activation), weight.dequantize().double()
+    if group_sizes is None:
+        return torch.nn.functional.linear(rounded, w, None if bias is None else bias.double())
+    count = len(group_sizes)
+    biases = [None] * count if bias is None else bias.double().view(count, -1)
+    parts = zip(rounded.split(group_sizes.tolist()), w.unflatten(0, (count, -1)), biases, strict=True)
+    return torch.cat([torch.nn.functional.linear(*part) for part in parts])
 
 
 def _linear(
@@ -178,12 +209,22 @@ def _linear(
     return out
 
 
+def _linear_any(x, packed, bias, latent, columns, group_sizes, *spec_and_options):
+    *spec, activation, threshold, backend = spec_and_options
+    lacks = ""
+    if x.device.type in CUDA_DEVICES and backend in ("auto", "cuda"):
+        lacks = twin("cuda", "linear").linear_lacks(x, spec[2], activation, threshold)
+    server = served_by(_OP, backend, x, cuda_lacks=lacks)
+    if server not in ("cuda", "triton"):
+        return _linear(x, packed, bias, latent, columns, group_sizes, *spec, activation, threshold)
+    if columns is not None:
+        x = x.index_select(-1, columns)
+    weight = twin("triton", "weight").gpu_weight(packed, *spec)
+    return twin(server, "linear").linear(x, weight, bias, activation, group_sizes, threshold)
+
+
 def _outputs(n: int, group_sizes: Tensor | None) -> int:
     return n if group_sizes is None else n // max(1, group_sizes.numel())
-
-
-def _linear_cpu(x, packed, bias, latent, columns, group_sizes, *format_and_options):
-    return _linear(x, packed, bias, latent, columns, group_sizes, *format_and_options)
 
 
 def _linear_fake(x, packed, bias, latent, columns, group_sizes, n, k, *_):
@@ -199,7 +240,7 @@ def _dispatched(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    x, packed, bias, latent, columns, group_sizes, *spec, _, _ = inputs
+    x, packed, bias, latent, columns, group_sizes, *spec, _, _, _ = inputs
     ctx.spec, ctx.x_dtype, ctx.bias_dtype = spec, x.dtype, None if bias is None else bias.dtype
     ctx.latent_dtype = None if latent is None else latent.dtype
     ctx.save_for_backward(packed, columns, group_sizes, None if latent is None else x)
@@ -223,14 +264,15 @@ def _backward(ctx, grad):
         inputs = x.reshape(-1, x.shape[-1]).float().split([part.shape[0] for part in groups])
         grad_latent = torch.cat([part.t() @ seen for part, seen in zip(groups, inputs, strict=True)])
         grad_latent = grad_latent.to(ctx.latent_dtype)
-    return grad_x, None, grad_bias, grad_latent, *(None,) * 10
+    return grad_x, None, grad_bias, grad_latent, *(None,) * 11
 
 
 register(
     "quantized_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? latent, Tensor? columns, Tensor? group_sizes, "
-    f"{SPEC}, str activation, float outlier_threshold) -> Tensor",
-    _linear_cpu,
+    f"{SPEC}, str activation, float outlier_threshold, str backend) -> Tensor",
+    _linear_any,
     _linear_fake,
+    on_gpu=True,
     backward=_backward,
     setup_context=_setup_context,
 )

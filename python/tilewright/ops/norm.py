@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_device, contiguous_last, direct, record_reference, register
+from tilewright.ops.registry import (
+    check_backend,
+    check_device,
+    contiguous_last,
+    direct,
+    record_reference,
+    register,
+    served_by,
+    twin,
+)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None
+    x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
 
@@ -18,23 +27,31 @@ def rms_norm(
     or None. With ``residual`` (x's shape and dtype) the norm is of ``x + residual`` and the result is the pair
     (normalised, x + residual). Statistics are float32.
 
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, NotImplementedError for a missing backend.
     """
-    if direct(x, weight, residual):
+    if backend == "auto" and direct(x, weight, residual):
         out, total = _norm(x, residual, weight, None, eps, False)
     else:
-        out, total = torch.ops.tilewright.norm(x, residual, weight, None, eps, False)
+        check_backend("rms_norm", backend)
+        out, total = torch.ops.tilewright.norm(x, residual, weight, None, eps, False, backend)
     return out if residual is None else (out, total)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension; arguments as `rms_norm`."""
-    if direct(x, weight, bias, residual):
+    if backend == "auto" and direct(x, weight, bias, residual):
         out, total = _norm(x, residual, weight, bias, eps, True)
     else:
-        out, total = torch.ops.tilewright.norm(x, residual, weight, bias, eps, True)
+        check_backend("layer_norm", backend)
+        out, total = torch.ops.tilewright.norm(x, residual, weight, bias, eps, True, backend)
     return out if residual is None else (out, total)
 
 
@@ -87,20 +104,29 @@ def _norm(
     return out, total
 
 
-def _norm_cpu(x, residual, weight, bias, eps, centred):
+def _norm_any(x, residual, weight, bias, eps, centred, backend):
+    op = "layer_norm" if centred else "rms_norm"
+    server = served_by(op, backend, x)
+    if server == "reference":
+        record_reference(op)
+        out, total = norm_reference(contiguous_last(x), residual, weight, bias, eps, centred)
+        out = out.to(x.dtype)
+    elif server != "cpu":
+        out, total = twin(server, "norm").norm(x, residual, weight, bias, eps, centred)
+    else:
+        out, total = _norm(x, residual, weight, bias, eps, centred)
     # The dispatcher wants two tensors, and neither may alias an input.
-    out, total = _norm(x, residual, weight, bias, eps, centred)
     return out, x.new_empty(0) if residual is None else total
 
 
-def _norm_fake(x, residual, weight, bias, eps, centred):
+def _norm_fake(x, residual, weight, bias, eps, centred, backend):
     check_device("layer_norm" if centred else "rms_norm", x=x, residual=residual, weight=weight, bias=bias)
     out = torch.empty_like(contiguous_last(x))  # strides as the kernel's results have them
     return out, x.new_empty(0) if residual is None else torch.empty_like(out)
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, ctx.eps, ctx.centred = inputs
+    x, residual, weight, bias, ctx.eps, ctx.centred, _ = inputs
     ctx.has_residual, ctx.bias_dtype = residual is not None, None if bias is None else bias.dtype
     ctx.save_for_backward(x if residual is None else output[1], weight)
 
@@ -127,13 +153,15 @@ def _backward(ctx, grad_out, grad_total):
     grad_x = (grad_x * rstd).to(total.dtype)
     if ctx.has_residual:
         grad_x = grad_x + grad_total
-    return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None
+    return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None, None
 
 
 register(
-    "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centred) -> (Tensor, Tensor)",
-    _norm_cpu,
+    "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centred, str backend)"
+    " -> (Tensor, Tensor)",
+    _norm_any,
     _norm_fake,
+    on_gpu=True,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import check_device, contiguous_last, direct, register
+from tilewright.ops.registry import check_device, contiguous_last, direct, register, served_by, twin
 
 GROUP_SIZES = (32, 64, 128)
 _TILE = 64  # tokens
@@ -197,9 +197,19 @@ def append_quantized(kv: QuantizedKV, k: Tensor, v: Tensor) -> QuantizedKV:
     return kv
 
 
+def _append_any(*arguments):
+    server = served_by("kv_append", "auto", arguments[0], triton_lacks="Triton has no kernel for a QuantizedKV")
+    append = _C.kv_append_quantized if server == "cpu" else twin(server, "kv_append").kv_append_quantized
+    _append(append, *arguments)
+
+
 def _append_cpu(*arguments):
+    _append(_C.kv_append_quantized, *arguments)
+
+
+def _append(append, *arguments):
     *cache, k, v = arguments
-    _C.kv_append_quantized(*cache, contiguous_last(k), contiguous_last(v))
+    append(*cache, contiguous_last(k), contiguous_last(v))
     torch.autograd.graph.increment_version(cache[:7])
 
 
@@ -212,6 +222,7 @@ _MUTATED = "Tensor(a!) k_codes, Tensor(b!) v_codes, Tensor(c!) k_scales, Tensor(
 register(
     f"kv_append_quantized({_MUTATED}Tensor(f!) v_tail, Tensor(g!) counts, {CACHE[CACHE.index('int bits') :]}, "
     "Tensor k, Tensor v) -> ()",
-    _append_cpu,
+    _append_any,
     lambda *_: None,
+    on_gpu=True,
 )

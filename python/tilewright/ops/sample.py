@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _C
-from tilewright.ops.registry import contiguous_last, direct, register
+from tilewright.ops.registry import contiguous_last, direct, record_reference, register, served_by, twin
 
 
 def sample(
@@ -32,7 +32,8 @@ def sample(
     order of ids, at which the running sum of the kept probabilities exceeds u. It does not depend on the
     number of threads.
 
-    Raises ValueError for NaN, a row of -inf, +inf unless temperature is 0, and values out of range.
+    Raises ValueError for NaN, a row of -inf, +inf unless temperature is 0, and values out of range. On a GPU, where
+    looking at values would wait for it, such a row gives -1 instead.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"sample: temperature must be at least 0 and finite, got {temperature}")
@@ -88,9 +89,16 @@ def sample_reference(
     return torch.searchsorted(running, target, right=True).squeeze(-1)
 
 
+def _sample_any(logits, uniform, temperature, top_k, top_p, min_p):
+    server = served_by("sample", "auto", logits, triton_lacks="Triton has no kernel for it")
+    if server == "cuda":
+        return twin(server, "sample").sample(logits, uniform, temperature, top_k, top_p, min_p)
+    return _sample_cpu(logits, uniform, temperature, top_k, top_p, min_p)
+
+
 def _sample_cpu(logits, uniform, temperature, top_k, top_p, min_p):
     if logits.dtype == torch.float64:
-        _C.record("sample", "reference")
+        record_reference("sample")
         return sample_reference(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     _C.sample(contiguous_last(logits), uniform, out, temperature, top_k, top_p, min_p)
@@ -103,6 +111,7 @@ def _sample_fake(logits, uniform, temperature, top_k, top_p, min_p):
 
 register(
     "sample(Tensor logits, Tensor? uniform, float temperature, int top_k, float top_p, float min_p) -> Tensor",
-    _sample_cpu,
+    _sample_any,
     _sample_fake,
+    on_gpu=True,
 )

@@ -1,0 +1,118 @@
+"""Attention on the CUDA kernels, executed through their PTX, and what its tests compare it with."""
+
+from __future__ import annotations
+
+import math
+
+import cuda_device
+import torch
+from cases import AttentionCase, attention_inputs, naive_attention, seeded
+from compare import assert_close
+from torch import Tensor
+
+from tilewright import QuantizedKV
+from tilewright.ops.attention_reference import CAUSAL, Operands, Options, attention_reference
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def attention(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the kernels. What they leave as it is, is NaN."""
+    cuda = cuda_device.module()
+    out = torch.full((*t.q.shape[:3], t.v.shape[3]), math.nan, dtype=t.q.dtype)
+    lse = torch.full(t.q.shape[:3], math.nan)
+    size = cuda.module.attention_workspace(0, t.q, t.k, t.v, t.q_start, t.q_end, t.k_batch, t.block_table)
+    workspace = torch.full((size // 4,), math.nan)
+    cuda.attention(*t, *options, out, lse, workspace)
+    return out, lse
+
+
+def operands_of(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Operands, Options]:
+    """A call of `tilewright.attention` as the kernels see it."""
+    q, k, v = tensors
+    mask, bias = options.get("mask"), options.get("bias")
+    if mask is not None and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    alibi, sinks = options.get("alibi_slopes"), options.get("sinks")
+    left, right = options.get("window") or (-1, -1)
+    scale = options.get("scale")
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
+    causal = CAUSAL.index(options.get("causal"))
+    numbers = Options(scale, options.get("softcap") or 0.0, causal, left, right, options.get("dropout_p", 0.0))
+    return Operands(q, k, v, mask, bias, alibi, sinks, seed=options.get("seed")), numbers
+
+
+def check(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Tensor, Tensor]:
+    """The kernels keep the error rule."""
+    dtype = tensors[0].dtype
+    out, lse = attention(*operands_of(tensors, options))
+    ref, ref_lse = attention_reference(*tensors, **options)
+    naive, naive_lse = naive_attention(*tensors, **options)
+    assert_close(out, ref, naive, dtype)
+    assert_close(lse.to(dtype), ref_lse, naive_lse, dtype)
+    return out, lse
+
+
+def run(case: AttentionCase, dtype: torch.dtype) -> None:
+    check(*attention_inputs(case, dtype))
+
+
+def attention_quantized(q: Tensor, kv: QuantizedKV, t: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    cuda = cuda_device.module()
+    out, lse = torch.full_like(q, math.nan, memory_format=torch.contiguous_format), torch.full(q.shape[:3], math.nan)
+    cache = (*kv.tensors(), *kv.spec())
+    workspace = torch.full((cuda.module.attention_quantized_workspace(0, q, *cache) // 4,), math.nan)
+    extras = (t.mask, t.bias, t.alibi, t.sinks, t.seed)
+    cuda.attention_quantized(q, *cache, *extras, *options, out, lse, workspace)
+    return out, lse
+
+
+def check_quantized(q: Tensor, kv: QuantizedKV, **options: object) -> None:
+    k, v = kv.dequantize()
+    out, lse = attention_quantized(q, kv, *operands_of((q, k, v), options))
+    ref, ref_lse = attention_reference(q, k, v, **options)
+    naive, naive_lse = naive_attention(q, k.to(q.dtype), v.to(q.dtype), **options)
+    assert_close(out, ref, naive, q.dtype)
+    assert_close(lse.to(q.dtype), ref_lse, naive_lse, q.dtype)
+
+
+def gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, and float32 ones of bias, alibi and sinks, where they are."""
+    cuda = cuda_device.module()
+    out, lse = attention(t, options)
+    if t.q_start is not None:  # rows of no sequence
+        lse = lse.nan_to_num(0.0, neginf=-math.inf)
+    ragged = t.q_start is not None
+    like = torch.zeros_like if ragged else lambda x: torch.full_like(x, math.nan)
+    grads = [like(x.contiguous()) for x in (t.q, t.k, t.v)]
+    extra = [None if x is None else torch.full(x.shape, math.nan) for x in (t.bias, t.alibi, t.sinks)]
+    delta, slopes = (torch.full_like(lse, math.nan) for _ in range(2))
+    cuda.attention_backward(*t, *options, out, lse, grad_out, grad_lse, delta, *grads, *extra, slopes)
+    return *grads, *extra
+
+
+def rand(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(name)).to(dtype)
+
+
+def whole(*numbers: int) -> Tensor:
+    return torch.tensor(numbers)
+
+
+def packed(dtype: torch.dtype, group: int = 3) -> Operands:
+    """Five sequences, one without queries, one without keys, one with more queries than keys, and rows of none."""
+    return Operands(
+        rand("q", 1, 2 * group, 130, 40, dtype=dtype), rand("k", 1, 2, 200, 40, dtype=dtype),
+        rand("v", 1, 2, 200, 24, dtype=dtype), q_start=whole(0, 1, 40, 40, 60), q_end=whole(1, 40, 40, 60, 125),
+        k_start=whole(0, 30, 60, 100, 100), k_end=whole(30, 60, 100, 100, 198),
+    )  # fmt: skip
+
+
+def paged(dtype: torch.dtype, seq_q: int, page_size: int) -> Operands:
+    table = torch.randint(0, 70, (3, -(-700 // page_size)), generator=seeded("table"), dtype=torch.int32)
+    table[1, 1:] = 1 << 30  # beyond the sequence anything may stand there
+    return Operands(
+        rand("q", 3, 6, seq_q, 64, dtype=dtype), rand("k", 70, 2, page_size, 64, dtype=dtype),
+        rand("v", 70, 2, page_size, 64, dtype=dtype), k_start=whole(2, 0, 17), k_end=whole(300, 1, 690),
+        block_table=table,
+    )  # fmt: skip

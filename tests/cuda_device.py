@@ -1,0 +1,208 @@
+"""The module tilewright._cuda without a GPU: its bindings and launchers as they are, kernels on the PTX interpreter.
+
+`module()` compiles csrc/cuda once (what changed since the last time) against the stand-in for the CUDA runtime. Its
+functions take CPU tensors and remember what they launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pybind11
+import torch
+from ptx import Instruction, PtxFault, Report
+from ptx.compilers import NVCC_FLAGS
+from ptx.library import BUILD, load
+from ptx.runtime import HostLibrary, Launch
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SWEEP = os.environ.get("TILEWRIGHT_CUDA_SWEEP", "") == "1"
+PTX_ONLY = ("-gencode=arch=compute_80,code=compute_80", "--compress-mode=none", "-Xcompiler=-fPIC", "-I", str(CSRC))
+
+
+def chosen(cases: Sequence, every: int) -> list:
+    """All cases in a sweep, else one of ``every`` so many."""
+    return list(cases) if SWEEP else list(cases[:: max(every, 1)])
+
+
+def _cuda_include() -> Path:
+    """Headers of the toolkit that nvcc belongs to."""
+    done = subprocess.run(["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    for line in done.stderr.splitlines():
+        if line.startswith("#$ INCLUDES="):
+            return Path(line.split("-I", 1)[1].split('"')[0].strip())
+    raise RuntimeError(f"nvcc names no include folder:\n{done.stderr}")
+
+
+@functools.cache
+def _included(source: Path) -> frozenset[Path]:
+    """The source and the project's headers that it includes, directly or not."""
+    found = {source}
+    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+        path = next(p for p in (source.parent / name, CSRC / name) if p.exists())
+        found |= _included(path.resolve())
+    return frozenset(found)
+
+
+def _compiled(source: Path) -> Path:
+    """The object of a source, compiled if these sources were not compiled before."""
+    if source.suffix == ".cu":
+        command = ["nvcc", *NVCC_FLAGS, *PTX_ONLY]
+    else:
+        include = ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-I", str(_cuda_include())]
+        built_for = ['-DTILEWRIGHT_CUDA_BUILT_FOR="80"']
+        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-I", str(CSRC), *include, *built_for]
+        if shutil.which("ccache"):
+            command.insert(0, "ccache")
+    read = b"".join(path.read_bytes() for path in sorted(_included(source)))
+    digest = hashlib.sha256(" ".join(command).encode() + read).hexdigest()[:16]
+    target = BUILD / "cuda" / f"{source.stem}-{digest}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-c", str(source), "-o", str(fresh)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} {source}\n{done.stdout}{done.stderr}")
+        fresh.rename(target)
+    return target
+
+
+def build() -> Path:
+    """The extension as a shared library, without a CUDA runtime in it."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "torch_tensor.cpp"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(_compiled, sources))
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = BUILD / "cuda" / digest / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", "-shared", "-o", str(fresh), *map(str, objects)], check=True)
+        fresh.rename(library)
+    return library
+
+
+class Interpreted:
+    """The functions of tilewright._cuda for CPU tensors. Those that launch are called without device and stream."""
+
+    def __init__(self) -> None:
+        load()
+        path = build()
+        self.host = HostLibrary(path)
+        loader = importlib.machinery.ExtensionFileLoader("tilewright._cuda", str(path))
+        self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader("tilewright._cuda", loader))
+        loader.exec_module(self.module)
+        self.module.use_device_type(1)
+        self.launches: list[Launch] = []
+        self.options: dict[str, object] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., list[Launch]]:
+        function = getattr(self.module, name)
+
+        def call(*args: object) -> list[Launch]:
+            # As inside a captured CUDA graph: allocation and synchronisation fail.
+            options = {"capturing": True, **self.options}
+            with self.host.running([a for a in args if isinstance(a, torch.Tensor)], **options) as launches:
+                function(0, 0, *args)
+            self.launches += launches
+            return launches
+
+        return call
+
+    @contextmanager
+    def watched(self, **options: object) -> Iterator[list[Launch]]:
+        """Inside, launches run with these options of HostLibrary.running; the list holds them."""
+        before, self.launches = self.launches, []
+        kept, self.options = self.options, self.options | options
+        try:
+            yield self.launches
+        finally:
+            self.launches, self.options = before, kept
+
+
+@functools.cache
+def module() -> Interpreted:
+    return Interpreted()
+
+
+@contextmanager
+def serving() -> Iterator[list[Launch]]:
+    """Inside, public functions called with ``backend="cuda"`` take CPU tensors; torch.empty gives NaN, so that nothing
+    relies on old contents."""
+    from tilewright import cuda_kernels
+    from tilewright.ops import registry
+
+    changes = {
+        "missing": lambda device: "",
+        "extension": lambda: module().module,
+        "launch": lambda name, *arguments: getattr(module(), name)(*arguments),
+    }
+    before = {name: getattr(cuda_kernels, name) for name in changes}
+    registry.CUDA_DEVICES.add("cpu")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, change in changes.items():
+            setattr(cuda_kernels, name, change)
+        with module().watched() as launches:
+            yield launches
+    finally:
+        for name, function in before.items():
+            setattr(cuda_kernels, name, function)
+        torch.use_deterministic_algorithms(False)
+        registry.CUDA_DEVICES.discard("cpu")
+
+
+def reports(launches: Sequence[Launch]) -> dict[str, Report]:
+    """Reports by kernel, added up."""
+    found: dict[str, Report] = {}
+    for launch in launches:
+        found[launch.kernel] = found[launch.kernel].merge(launch.report) if launch.kernel in found else launch.report
+    return found
+
+
+def never_executed(launches: Sequence[Launch]) -> list[str]:
+    """The instructions of the launched kernels that no warp executed. Branches are none: what they would jump over or
+    to is looked at."""
+    return [
+        f"{name}: {i}"
+        for name, report in reports(launches).items()
+        for i in report.never_executed()
+        if not re.match(r"(@!?%p\d+ )?bra", i.text)
+    ]
+
+
+def surviving_mutants(run: Callable[[], object]) -> dict[str, list[Instruction]]:
+    """By kernel, the barriers and waits without which ``run`` still passes: it must raise AssertionError."""
+    cuda = module()
+    with cuda.watched() as launches:
+        run()
+    survivors: dict[str, list[Instruction]] = {}
+    for name in dict.fromkeys(launch.kernel for launch in launches):
+        kernel = cuda.host.kernel(name)
+        for instruction in kernel.sync_instructions:
+            with kernel.without(instruction):
+                try:
+                    run()
+                except (AssertionError, PtxFault):
+                    continue
+            survivors.setdefault(name, []).append(instruction)
+    return survivors
+
+
+def worst_traffic(launches: Sequence[Launch]) -> tuple[float, float]:
+    """The most passes over shared memory's banks, and the most sectors of global memory, of any instruction, each
+    against what its bytes need."""
+    traffic = [t for report in reports(launches).values() for t in report.traffic]
+    return max((t.bank_ways for t in traffic), default=0.0), max((t.sector_ratio for t in traffic), default=0.0)

@@ -1,0 +1,136 @@
+"""What the interpreter says of the CUDA kernels of attention beside their results: needed barriers, traffic, code that
+no test reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cuda_device
+import pytest
+import test_cuda_attention as forward
+import test_cuda_attention_gradients as backward
+import test_cuda_attention_quantized as quantized
+from cases import AttentionCase as Case
+from cuda_attention import BF16, FP16, rand, run
+from ptx import Report
+from ptx.compilers import needs_nvcc
+
+from tilewright.ops.attention_reference import Options
+
+pytestmark = needs_nvcc
+BOTTOM = "bottom_right"
+
+
+def tiles() -> None:
+    run(Case("f", 60, 300, 64, heads=3, kv_heads=1, causal=BOTTOM), FP16)
+    forward.test_sequences("paged prefill")
+
+
+def tiles_general() -> None:
+    run(Case("g", 40, 200, 64, heads=3, kv_heads=1, causal=BOTTOM, mask="b1qk"), FP16)
+    forward.test_sequences("paged prefill, general")
+
+
+def few() -> None:
+    run(Case("s", 1, 600, 64, heads=8, kv_heads=1, causal=BOTTOM), FP16)
+    run(Case("n", 1, 200, 64, heads=8, kv_heads=1, causal=BOTTOM), FP16)
+    forward.test_sequences("paged decode")
+
+
+def few_wide() -> None:
+    run(Case("w", 1, 200, 256, heads=8, kv_heads=1, causal=BOTTOM), FP16)
+
+
+def codes(bits: int, dim: int = 64) -> Callable[[], None]:
+    return lambda: quantized.test_error_rule(quantized.Case(f"i{bits}", bits, 1, 200, dim, 3), BF16)
+
+
+def gradients() -> None:
+    backward.check(backward.case(BF16, 3, 1, 60, 200, 64), Options(0.125, 0.0, 2))
+
+
+def gradients_wide() -> None:
+    backward.check(backward.case(BF16, 1, 1, 80, 100, 256), Options(0.06, 0.0, 2))
+
+
+def gradients_general() -> None:
+    more = {"alibi": rand("a", 2).abs(), "sinks": rand("s", 2)}
+    for shape in ((1, 70, 100), (1, 1, 70, 1)):
+        t = backward.case(BF16, 2, 2, 70, 100, 64, bias=rand("b", *shape, dtype=BF16), **more)
+        backward.check(t, Options(0.06, 0.0, 2))
+
+
+# What runs each kernel; barriers that may be deleted unnoticed, by a part of their text, with the reason.
+PAGED_ONLY = {"bar.red": "says that a page was missing; only cases with pages get there"}
+MUTANTS = {
+    "tiles": (tiles, {}),
+    "tiles general": (tiles_general, {}),
+    "few": (few, {}),
+    "few wide": (few_wide, PAGED_ONLY),
+    "int8": (codes(8), PAGED_ONLY),
+    "int4": (codes(4), PAGED_ONLY),
+    "gradients": (gradients, PAGED_ONLY),
+    "gradients wide": (gradients_wide, PAGED_ONLY),
+    "gradients general": (gradients_general, PAGED_ONLY),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_barrier_is_needed(name: str) -> None:
+    check, listed = MUTANTS[name]
+    survivors = cuda_device.surviving_mutants(check)
+    unlisted = [str(i) for found in survivors.values() for i in found if not any(text in i.text for text in listed)]
+    assert not unlisted, unlisted
+
+
+def everything() -> None:
+    for case, dtype in forward.SHAPES + forward.DECODE + forward.FEATURES:
+        run(case, dtype)
+    for name in forward.CALLS:
+        forward.test_sequences(name)
+    for seq_q in (1, 40):
+        forward.test_what_does_not_exist_gives_nan(seq_q)
+    for case, dtype in quantized.CASES:
+        quantized.test_error_rule(case, dtype)
+    for name in backward.GRADIENTS:
+        backward.test_error_rule(name)
+    for group in (1, 3):
+        backward.test_packed_sequences(group)
+
+
+def test_every_line_is_executed() -> None:
+    """A line's code stands in many kernels; it must run in one of them."""
+    cuda = cuda_device.module()
+    with cuda.watched() as launches:
+        everything()
+    reached: dict[str, bool] = {}
+    for report in cuda_device.reports(launches).values():
+        for instruction, times in zip(report.instructions, report.executed, strict=True):
+            line = instruction.source.split(",")[0]
+            if line.startswith("attention") and "bra" not in instruction.text.split()[:2]:
+                reached[line] = reached.get(line, False) or times > 0
+    never = {}
+    for file, number in (line.split(":") for line, found in reached.items() if not found):
+        text = (cuda_device.CSRC / "cuda" / file).read_text().splitlines()[int(number) - 1]
+        never[f"{file}:{number}"] = text.strip()
+    assert not never
+
+
+def averages(report: Report) -> tuple[float, float]:
+    """Passes over shared memory's banks and sectors of global memory, over all accesses, against what their bytes
+    need."""
+    banks = sum(t.wavefronts for t in report.traffic) / max(sum(t.ideal_wavefronts for t in report.traffic), 1)
+    return banks, sum(t.sectors for t in report.traffic) / max(sum(t.ideal_sectors for t in report.traffic), 1)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_traffic(name: str) -> None:
+    check, _listed = MUTANTS[name]
+    cuda = cuda_device.module()
+    with cuda.watched() as launches:
+        check()
+    for kernel, report in cuda_device.reports(launches).items():
+        banks, sectors = averages(report)
+        assert banks <= 1.05, (kernel, banks)
+        # A mask or bias is read by element, where the lanes of a warp have a few neighbours of 8 rows.
+        assert sectors <= (1.25 if "general" in name else 1.1), (kernel, sectors)
