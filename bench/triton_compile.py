@@ -62,9 +62,8 @@ class Launch:
         """The kernel, specialised for the arguments as on a GPU, without machine code: `resources` assembles it."""
         with ExitStack() as stack:
             stack.enter_context(patch.object(driver, "_active", _Driver(TARGETS[self.target][0])))
-            stack.enter_context(
-                patch.object(knobs.cache, "dir", str(Path(knobs.cache.dir) / "assembly"))
-            )  # not a GPU's
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.dir = str(Path(knobs.cache.dir) / "assembly")  # apart: these are no use to a GPU
             stack.enter_context(patch.object(CUDABackend, "make_cubin", lambda *_: b""))
             stack.enter_context(patch.object(HIPBackend, "make_hsaco", lambda *_: b""))
             return self.kernel.warmup(grid=(1,), **self.arguments, **self.options)

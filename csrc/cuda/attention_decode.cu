@@ -38,7 +38,7 @@ __device__ void walk(Keys& keys, const AttentionLaunch& a, const Rows16& rows, c
     if (!kEarly) keys.load_keys(block, range);
     keys.load_values(block, range);
     float p[kTiles][4] = {};
-#pragma unroll
+#pragma unroll Keys::kUnroll
     for (int j = 0; j < kDim / 16; ++j) {
       const uint4 x = q[j * 32 + lane];
       const uint32_t left[4] = {x.x, x.y, x.z, x.w};
@@ -143,9 +143,11 @@ __device__ void join(State<kOut>& to, const float4* out, const float2 (&stat)[2]
   }
 }
 
-// kDim / kOut warps share a block of keys: each has a part of the output's channels.
+// kDim / kOut warps share a block of keys: each has a part of the output's channels. Two blocks a
+// multiprocessor: on its own ptxas goes for three where that spills.
 template <class T, int kDim, int kOut, class Keys>
-__global__ void __launch_bounds__(kThreads) attention_few_kernel(const __grid_constant__ AttentionLaunch a) {
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_few_kernel(const __grid_constant__ AttentionLaunch a) {
   // q as operands, then the states of two warps at a time.
   __shared__ __align__(16) uint4 q[kDim / 16 * 32];
   constexpr int kStride = kOut + kOut / 32 * 8 + 1;  // of a row of the output

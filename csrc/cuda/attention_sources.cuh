@@ -7,13 +7,13 @@
 //   key(i, e)         the key of column 2t + e of tile i
 //   channel(n, e)     the channel of column 2t + e of tile n of the output, of which a warp has kOut channels
 //   first_channel(j)  the first of the 4 channels of q that a lane multiplies in step j of 16
-//   load_keys/values  loads that start early: all that a block needs
-//   key_operand       b of step j (16 channels) and tile i
-//   value_operand     b of step h (16 keys) and tile n; keep: ones where some row attends the key
-//   tile_of, column_of   of the i-th of the 4 keys that a lane multiplies in step h
-//   place(c)          where channel c of a row of the output lies in shared memory, so that lanes use
-//   different banks kUnit             what the probabilities are multiplied with beside value_factor kParts
-//   in how many numbers of T a probability times its factor is multiplied: the factor would be rounded
+//   load_keys/values  loads that start early: all that a block needs, but for keys of codes with many
+//   channels kUnroll           how many steps of 16 channels are unrolled key_operand       b of step j (16
+//   channels) and tile i value_operand     b of step h (16 keys) and tile n; keep: ones where some row
+//   attends the key tile_of, column_of   of the i-th of the 4 keys that a lane multiplies in step h place(c)
+//   where channel c of a row of the output lies in shared memory, so that lanes use different banks kUnit
+//   what the probabilities are multiplied with beside value_factor kParts in how many numbers of T a
+//   probability times its factor is multiplied: the factor would be rounded
 //                     in one, and with it all of a token
 #pragma once
 #include "attention_rows.cuh"
@@ -89,6 +89,7 @@ __device__ inline uint32_t from_bf16_pair<f16>(uint32_t x) {
 // Rows of T, dense or in pages; aligned, and dims are multiples of 8.
 template <class T, int kDim, int kOut>
 struct DenseKeys {
+  static constexpr int kUnroll = kDim / 16;
   static constexpr int kKeys = 16, kTiles = 2, kSteps = 1;
   static constexpr float kUnit = 1;
   static constexpr int kParts = 1;
@@ -196,11 +197,14 @@ struct CodeKeys {
 // int8 codes with an fp32 scale for each token.
 template <class T, int kDim, int kOut>
 struct Int8Keys : CodeKeys {
+  static constexpr bool kHeld = kDim <= 128;  // a block's keys fit the registers
+  static constexpr int kUnroll = kHeld ? kDim / 16 : 2;
   // A scale is a 127th of a token's largest value. Times 64 it is about as large as the values are, so that
   // fp16 holds it as well as it would hold them.
   static constexpr float kUnit = 64;
   static constexpr int kParts = 2;
-  uint4 k[kDim / 16], v[2][kOut / 32];
+  uint4 k[kHeld ? kDim / 16 : 1], v[2][kOut / 32];
+  int block = 0;
   float k_scale[8], v_scale[8];  // of the lane's tokens
 
   using CodeKeys::CodeKeys;
@@ -217,12 +221,17 @@ struct Int8Keys : CodeKeys {
       to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
     }
   }
-  __device__ void load_keys(int block, Range) {
-    const auto* from = reinterpret_cast<const uint4*>(key_block<128>(block));
+  __device__ uint4 key_codes(int j) const {
+    if (4 * j + t >= k_steps) return make_uint4(0, 0, 0, 0);
+    return load_once(reinterpret_cast<const uint4*>(key_block<128>(block)) + (4 * j + t) * 8 + g % 2 * 4 +
+                     g / 2);
+  }
+  __device__ void load_keys(int from, Range) {
+    block = from;
+    if constexpr (kHeld) {
 #pragma unroll
-    for (int j = 0; j < kDim / 16; ++j)
-      k[j] = 4 * j + t < k_steps ? load_once(from + (4 * j + t) * 8 + g % 2 * 4 + g / 2)
-                                 : make_uint4(0, 0, 0, 0);
+      for (int j = 0; j < kDim / 16; ++j) k[j] = key_codes(j);
+    }
     load_scales(k_scale, a.kv.k_scales, block);
   }
   __device__ void load_values(int block, Range) {
@@ -242,7 +251,7 @@ struct Int8Keys : CodeKeys {
     return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
   }
   __device__ void key_operand(uint32_t (&b)[2], int j, int i) const {
-    signed_bytes<T>(word(k[j], i), b[0], b[1]);
+    signed_bytes<T>(word(kHeld ? k[kHeld ? j : 0] : key_codes(j), i), b[0], b[1]);
   }
   __device__ void value_operand(uint32_t (&b)[2], int h, int n, const uint32_t (&)[2]) const {
     signed_bytes<T>(word(v[h][n / 4], n % 4), b[0], b[1]);
@@ -255,9 +264,11 @@ struct Int8Keys : CodeKeys {
 // of channels (values), bf16.
 template <class T, int kDim, int kOut>
 struct Int4Keys : CodeKeys {
+  static constexpr bool kHeld = kDim <= 128;
+  static constexpr int kUnroll = kHeld ? kDim / 16 : 4;
   static constexpr float kUnit = 1;
   static constexpr int kParts = 1;
-  uint2 k[kDim / 16], v[2][kOut / 32];
+  uint2 k[kHeld ? kDim / 16 : 1], v[2][kOut / 32];
   int block = 0;
 
   using CodeKeys::CodeKeys;
@@ -267,12 +278,16 @@ struct Int4Keys : CodeKeys {
     return part * kOut + n / 4 * 32 + 4 * t + 2 * e + n % 2 + n % 4 / 2 * 16;
   }
 
+  __device__ uint2 key_codes(int j) const {
+    if (4 * j + t >= k_steps) return make_uint2(0, 0);
+    return reinterpret_cast<const uint2*>(key_block<64>(block))[(4 * j + t) * 8 + g];
+  }
   __device__ void load_keys(int from, Range) {
     block = from;
-    const auto* codes = reinterpret_cast<const uint2*>(key_block<64>(from));
+    if constexpr (kHeld) {
 #pragma unroll
-    for (int j = 0; j < kDim / 16; ++j)
-      k[j] = 4 * j + t < k_steps ? codes[(4 * j + t) * 8 + g] : make_uint2(0, 0);
+      for (int j = 0; j < kDim / 16; ++j) k[j] = key_codes(j);
+    }
   }
   __device__ void load_values(int from, Range) {
     const auto* codes = reinterpret_cast<const uint2*>(value_block<64>(from));
@@ -297,7 +312,8 @@ struct Int4Keys : CodeKeys {
                          (slot * groups + block / int(a.kv.group)) * 2 * padded + first_channel(j);
     const uint2 scale = *reinterpret_cast<const uint2*>(scales);
     const uint2 minimum = *reinterpret_cast<const uint2*>(scales + padded);
-    const uint32_t word = (i % 2 ? k[j].y : k[j].x) >> (i / 2 * 4);
+    const uint2 codes = kHeld ? k[kHeld ? j : 0] : key_codes(j);
+    const uint32_t word = (i % 2 ? codes.y : codes.x) >> (i / 2 * 4);
     b[0] = scaled_nibbles<T>(__byte_perm(word, 0, 0x4140), scale.x, minimum.x);
     b[1] = scaled_nibbles<T>(__byte_perm(word, 0, 0x4342), scale.y, minimum.y);
   }
@@ -323,6 +339,7 @@ struct Int4Keys : CodeKeys {
 // The newest tokens of a cache of 4-bit codes: bf16 rows, placed as Int4Keys places them.
 template <class T, int kDim, int kOut>
 struct TailKeys : CodeKeys {
+  static constexpr int kUnroll = kDim > 128 ? 4 : kDim / 16;
   static constexpr float kUnit = 1;
   static constexpr int kParts = 1;
   int first = 0, block = 0;  // the first token of the tail
