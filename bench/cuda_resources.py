@@ -125,18 +125,19 @@ def main() -> int:
             lines.extend(line for line in before.get(target, []) if line[0] not in new)
         whole["cuda"] = {"columns": COLUMNS} | {k: v for k, v in before.items() if k != "columns"} | table
         body = [
-            f' "{name}": ' + (json.dumps(value) if not isinstance(value, dict) else _section(value))
+            f' "{name}": ' + (json.dumps(value) if not isinstance(value, dict) else section(value))
             for name, value in whole.items()
         ]
         options.json.write_text("{\n" + ",\n".join(body) + "\n}\n")
     return bool(bad)
 
 
-def _section(section: dict) -> str:
+def section(table: dict) -> str:
+    """The table as JSON, a line for each of its lines."""
     lines = [
         f'  "{name}": '
         + (json.dumps(rows) if name == "columns" else "[\n" + ",\n".join(f"   {json.dumps(r)}" for r in rows) + "\n  ]")
-        for name, rows in section.items()
+        for name, rows in table.items()
     ]
     return "{\n" + ",\n".join(lines) + "\n }"
 
