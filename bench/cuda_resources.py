@@ -125,20 +125,22 @@ def main() -> int:
             lines.extend(line for line in before.get(target, []) if line[0] not in new)
         whole["cuda"] = {"columns": COLUMNS} | {k: v for k, v in before.items() if k != "columns"} | table
         body = [
-            f' "{name}": ' + (json.dumps(value) if not isinstance(value, dict) else _section(value))
+            f' "{name}": ' + (section(value) if isinstance(value, dict) else _lines(name, value, " "))
             for name, value in whole.items()
         ]
         options.json.write_text("{\n" + ",\n".join(body) + "\n}\n")
     return bool(bad)
 
 
-def _section(section: dict) -> str:
-    lines = [
-        f'  "{name}": '
-        + (json.dumps(rows) if name == "columns" else "[\n" + ",\n".join(f"   {json.dumps(r)}" for r in rows) + "\n  ]")
-        for name, rows in section.items()
-    ]
-    return "{\n" + ",\n".join(lines) + "\n }"
+def section(table: dict) -> str:
+    """The table as JSON, a line for each of its lines."""
+    return "{\n" + ",\n".join(f'  "{name}": ' + _lines(name, rows, "  ") for name, rows in table.items()) + "\n }"
+
+
+def _lines(name: str, rows: list, indent: str) -> str:
+    if name == "columns":
+        return json.dumps(rows)
+    return "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in rows) + f"\n{indent}]"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import tilewright
+from tilewright.bench.cuda_resources import section
 from tilewright.bench.triton_compile import TARGETS, Launch, launches, resources
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options
 from tilewright.quant.weight import QuantizedWeight, pack, pack_bf16
@@ -233,11 +234,14 @@ def markdown(table: dict[str, list[tuple]]) -> str:
 
 
 def write(path: Path, table: dict[str, list]) -> None:
-    """A line of the file for each line of the tables."""
+    """A line of the file for each line of the tables; the section of the CUDA kernels stays (cuda_resources.py)."""
+    cuda = json.loads(path.read_text()).get("cuda") if path.exists() else None
     body = ",\n".join(
         f' "{name}": [\n' + ",\n".join(f"  {json.dumps(line)}" for line in found) + "\n ]"
         for name, found in table.items()
     )
+    if cuda is not None:
+        body += f',\n "cuda": {section(cuda)}'
     path.write_text(f'{{\n "columns": {json.dumps(COLUMNS)},\n{body}\n}}\n')
 
 

@@ -14,7 +14,7 @@ pytestmark = needs_nvcc
 # Blocks of 32 tokens for each of 4 warps (2 with more than 128 channels), tiles of 64, chunks of 256 and more.
 CASES = [
     *((Case(f"{b}bits_keys_{n}", b, 1, n, 64, 3), BF16) for b in BITS for n in (1, 31, 32, 33, 64, 129, 200, 600)),
-    *((Case(f"{b}bits_dim_{d}", b, 2, 150, d, 3), FP16) for b in BITS for d in (1, 7, 30, 40, 80, 128, 256)),
+    *((Case(f"{b}bits_dim_{d}", b, 2, 150, d, 3), FP16) for b in BITS for d in (1, 7, 30, 40, 70, 80, 128, 130, 256)),
     *((Case(f"{b}bits_d256_{n}", b, 1, n, 256, 8, 1), BF16) for b in BITS for n in (70, 300)),
     *((Case(f"{b}bits_rows_40", b, 40, 150, 128, 1), BF16) for b in BITS),
     *((Case(f"4bits_group_{g}_residual_{r}", 4, 1, 300, 80, 2, group_size=g, residual=r), BF16)

@@ -144,9 +144,9 @@ __device__ void join(State<kOut>& to, const float4* out, const float2 (&stat)[2]
 }
 
 // kDim / kOut warps share a block of keys: each has a part of the output's channels. Two blocks a
-// multiprocessor: on its own ptxas goes for three where that spills.
+// multiprocessor: on its own ptxas goes for three on sm_100, and spills; at 128 channels it does with two.
 template <class T, int kDim, int kOut, class Keys>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kDim == 128 ? 0 : 2)
     attention_few_kernel(const __grid_constant__ AttentionLaunch a) {
   // q as operands, then the states of two warps at a time.
   __shared__ __align__(16) uint4 q[kDim / 16 * 32];
