@@ -20,6 +20,7 @@ FILE = Path(__file__).parent.parent / "bench" / "results" / "gpu_resources.json"
 MEND = "run python -m bench.gpu_resources --json bench/results/gpu_resources.json --docs docs/gpu.md"
 
 
+@pytest.mark.skipif(not SWEEP, reason="the table is made and held against the launchers by .ci/nightly")
 @pytest.mark.parametrize("target", SHIPPED)
 def test_the_table_has_every_configuration(target: str) -> None:
     table = json.loads(FILE.read_text())
@@ -30,6 +31,7 @@ def test_the_table_has_every_configuration(target: str) -> None:
     assert [problems(target, line) for line in lines if problems(target, line)] == []
 
 
+@pytest.mark.skipif(not SWEEP, reason="the table is made and held against the launchers by .ci/nightly")
 def test_the_table_says_what_each_case_executed() -> None:
     columns, *lines = json.loads(FILE.read_text())["executed"]
     assert tuple(columns) == triton_traffic.COLUMNS
