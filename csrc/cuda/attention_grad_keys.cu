@@ -16,7 +16,7 @@ struct KeyTiling {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_grad_keys_kernel(const __grid_constant__ GradientLaunch a) {
   constexpr int kDim = Tile::kDim, kRows = Tile::kRows, kKeys = Tile::kKeys;
   extern __shared__ __align__(128) uint16_t shared[];
