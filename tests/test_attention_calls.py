@@ -175,7 +175,7 @@ REJECTED = {
     "dropout": (call(dropout_p=1.1), ValueError, "dropout_p"),
     "dropout_negative": (call(dropout_p=-0.1), ValueError, "dropout_p"),
     "backend": (call(backend="gpu"), ValueError, "backend must be one of.*'gpu'"),
-    "backend_cuda": (call(backend="cuda"), NotImplementedError, "cuda.*supported"),
+    "backend_cuda": (call(backend="cuda"), NotImplementedError, "backend=.cuda.*tensors on a GPU"),
     "softcap": (call(softcap=-1.0), ValueError, "softcap"),
     "softcap_nan": (call(softcap=NAN), ValueError, "softcap"),
     "mask_shape": (call(mask=shaped(3, 4).bool()), ValueError, r"mask must broadcast to \(2, 4, 3, 5\), got \(3, 4\)"),

@@ -426,7 +426,7 @@ REJECTED = {
     "activation": (call(activation="int4"), ValueError, "activation must be one of.*'int4'"),
     "backend": (call(backend="gpu"), ValueError, "backend must be one of"),
     "backend_triton": (call(backend="triton"), NotImplementedError, "Triton.*got cpu"),
-    "backend_cuda": (call(backend="cuda"), NotImplementedError, "cuda.*supported"),
+    "backend_cuda": (call(backend="cuda"), NotImplementedError, "backend=.cuda.*tensors on a GPU"),
     "out_shape": (call(out=torch.zeros(3, 41)), ValueError, "out must be .* 40 columns, got"),
     "out_rows": (call(out=torch.zeros(4, 40)), ValueError, "out must be"),
     "out_dims": (call(out=torch.zeros(1, 3, 40)), ValueError, "out must be"),
