@@ -32,6 +32,9 @@ struct NormArgs {
 };
 using NormKernel = void (*)(const NormArgs&, int64_t row_begin, int64_t row_end);
 
+// Kernel objects may not hold weak symbols, which a function in a class is where it is not inlined.
+#define TW_ALWAYS_INLINE __attribute__((always_inline))
+
 // A weight of n rows (outputs) and k columns, packed in blocks of 32 rows. A block is
 //   codes    for each 32 k, in 8 steps of 4 k:
 //    - 4 bits: [16 rows][4 k] bytes a step, row r in the low nibble, row r + 16 in the high one
@@ -73,33 +76,35 @@ struct PackedWeight {
   Offset offset = Offset::none;
   Scale scale = Scale::f16;
 
-  bool is_table() const { return codes >= Codes::nf4 && codes <= Codes::iq3_s; }
+  TW_ALWAYS_INLINE bool is_table() const { return codes >= Codes::nf4 && codes <= Codes::iq3_s; }
   // Codes without integer values: products with them are floats.
-  bool is_float() const { return codes == Codes::nf4 || codes == Codes::fp4 || codes >= Codes::e4m3; }
-  int bits() const {
+  TW_ALWAYS_INLINE bool is_float() const {
+    return codes == Codes::nf4 || codes == Codes::fp4 || codes >= Codes::e4m3;
+  }
+  TW_ALWAYS_INLINE int bits() const {
     return codes == Codes::bf16                           ? 16
            : codes == Codes::int8 || codes == Codes::e4m3 ? 8
            : codes == Codes::int6                         ? 6
            : codes == Codes::int5                         ? 5
                                                           : 4;
   }
-  int64_t n_blocks() const { return (n + 31) / 32; }
-  int64_t k_blocks() const { return (k + 31) / 32; }
-  int64_t k_supers() const { return scale == Scale::two_level ? (k + 255) / 256 : 0; }
-  int64_t parts() const { return group == 16 ? 2 : 1; }  // scales within 32 k
-  int64_t blocks_per_group() const { return group == 16 ? 1 : group / 32; }
-  int64_t groups() const {
+  TW_ALWAYS_INLINE int64_t n_blocks() const { return (n + 31) / 32; }
+  TW_ALWAYS_INLINE int64_t k_blocks() const { return (k + 31) / 32; }
+  TW_ALWAYS_INLINE int64_t k_supers() const { return scale == Scale::two_level ? (k + 255) / 256 : 0; }
+  TW_ALWAYS_INLINE int64_t parts() const { return group == 16 ? 2 : 1; }  // scales within 32 k
+  TW_ALWAYS_INLINE int64_t blocks_per_group() const { return group == 16 ? 1 : group / 32; }
+  TW_ALWAYS_INLINE int64_t groups() const {
     return scale == Scale::none ? 0 : (k_blocks() + blocks_per_group() - 1) / blocks_per_group() * parts();
   }
-  int64_t scale_bytes() const {
+  TW_ALWAYS_INLINE int64_t scale_bytes() const {
     return scale == Scale::two_level ? 1 : scale == Scale::f32 ? 4 : scale == Scale::none ? 0 : 2;
   }
-  int64_t offset_bytes() const {
+  TW_ALWAYS_INLINE int64_t offset_bytes() const {
     return offset == Offset::none ? 0 : offset == Offset::zero ? 1 : scale_bytes();
   }
-  int64_t code_bytes() const { return k_blocks() * 128 * bits(); }
-  int64_t super_bytes() const { return k_supers() * (offset == Offset::min ? 128 : 64); }
-  int64_t block_bytes() const {
+  TW_ALWAYS_INLINE int64_t code_bytes() const { return k_blocks() * 128 * bits(); }
+  TW_ALWAYS_INLINE int64_t super_bytes() const { return k_supers() * (offset == Offset::min ? 128 : 64); }
+  TW_ALWAYS_INLINE int64_t block_bytes() const {
     return (code_bytes() + groups() * 32 * (scale_bytes() + offset_bytes()) + super_bytes() + 63) / 64 * 64;
   }
 };
