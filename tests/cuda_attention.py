@@ -6,7 +6,7 @@ import math
 
 import cuda_device
 import torch
-from cases import AttentionCase, attention_inputs, naive_attention, seeded
+from cases import AttentionCase, attention_inputs, naive_attention
 from compare import assert_close
 from torch import Tensor
 
@@ -89,30 +89,3 @@ def gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor 
     delta, slopes = (torch.full_like(lse, math.nan) for _ in range(2))
     cuda.attention_backward(*t, *options, out, lse, grad_out, grad_lse, delta, *grads, *extra, slopes)
     return *grads, *extra
-
-
-def rand(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=seeded(name)).to(dtype)
-
-
-def whole(*numbers: int) -> Tensor:
-    return torch.tensor(numbers)
-
-
-def packed(dtype: torch.dtype, group: int = 3) -> Operands:
-    """Five sequences, one without queries, one without keys, one with more queries than keys, and rows of none."""
-    return Operands(
-        rand("q", 1, 2 * group, 130, 40, dtype=dtype), rand("k", 1, 2, 200, 40, dtype=dtype),
-        rand("v", 1, 2, 200, 24, dtype=dtype), q_start=whole(0, 1, 40, 40, 60), q_end=whole(1, 40, 40, 60, 125),
-        k_start=whole(0, 30, 60, 100, 100), k_end=whole(30, 60, 100, 100, 198),
-    )  # fmt: skip
-
-
-def paged(dtype: torch.dtype, seq_q: int, page_size: int) -> Operands:
-    table = torch.randint(0, 70, (3, -(-700 // page_size)), generator=seeded("table"), dtype=torch.int32)
-    table[1, 1:] = 1 << 30  # beyond the sequence anything may stand there
-    return Operands(
-        rand("q", 3, 6, seq_q, 64, dtype=dtype), rand("k", 70, 2, page_size, 64, dtype=dtype),
-        rand("v", 70, 2, page_size, 64, dtype=dtype), k_start=whole(2, 0, 17), k_end=whole(300, 1, 690),
-        block_table=table,
-    )  # fmt: skip

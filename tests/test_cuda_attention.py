@@ -10,9 +10,9 @@ import pytest
 import torch
 from cases import AttentionCase
 from compare import assert_same_bits
-from cuda_attention import BF16, FP16, attention, check, packed, paged, rand, run, whole
+from cuda_attention import BF16, FP16, attention, check, run
+from gpu_attention import CALLS, dense, paged, rand, whole
 from ptx.compilers import needs_nvcc
-from torch import Tensor
 
 from tilewright.ops.attention_reference import Operands, Options, reference
 
@@ -94,38 +94,6 @@ def test_every_residue_of_the_length(residue: int) -> None:
 
 
 # --- sequences that are packed, paged or padded ---
-
-
-def dense(d: torch.dtype, batch: int, seq_q: int, seq_k: int, keys: int | None = None, **more: Tensor) -> Operands:
-    k, v = (rand(n, keys or batch, 2, seq_k, 64, dtype=d) for n in "kv")
-    return Operands(rand("q", batch, 6, seq_q, 64, dtype=d), k, v, **more)
-
-
-CALLS = {
-    "packed": (lambda d: packed(d), Options(0.2, 0.0, 2)),
-    "packed window": (
-        lambda d: packed(d)._replace(alibi=rand("a", 5, 6).abs(), sinks=rand("s", 6)), Options(0.2, 0.0, 2, 9),
-    ),
-    "packed dropout": (lambda d: packed(d, 1)._replace(seed=whole(-7)), Options(0.2, 0.0, 0, -1, -1, 0.3)),
-    "packed, a row of keys each": (
-        lambda d: packed(d)._replace(k=rand("k", 5, 2, 50, 40, dtype=d), v=rand("v", 5, 2, 50, 24, dtype=d),
-                                     k_start=whole(0, 3, 31, 31, 0), k_end=whole(30, 31, 31, 50, 50)),
-        Options(0.2, 3.0, 1),
-    ),
-    "paged decode": (lambda d: paged(d, 1, 16), Options(0.2, 0.0, 2)),
-    "paged decode, odd pages": (lambda d: paged(d, 2, 7)._replace(k_batch=whole(0, 0, 2)), Options(0.2, 0.0, 2, 100)),
-    "paged prefill": (lambda d: paged(d, 40, 16), Options(0.2, 0.0, 2)),
-    "paged prefill, general": (lambda d: paged(d, 40, 16)._replace(alibi=rand("a", 6).abs()), Options(0.2, 0.0, 2)),
-    "padded decode": (lambda d: dense(d, 3, 1, 600, k_start=whole(5, 0, 599), k_end=whole(600, 300, 599)),
-                      Options(0.2, 0.0, 2, 280)),
-    "padded, rows by index": (
-        lambda d: dense(d, 3, 30, 200, 2, k_start=whole(5, 0, 0), k_end=whole(200, 0, 77), k_batch=whole(1, 0, 1)),
-        Options(0.2, 0.0, 2),
-    ),
-    "dropout": (lambda d: dense(d, 2, 30, 90, seed=whole(77)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
-    "dropout decode": (lambda d: dense(d, 2, 2, 600, seed=whole(-3)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
-    "dropout of all": (lambda d: dense(d, 1, 30, 70, seed=whole(1)), Options(0.2, 0.0, 2, -1, -1, 1.0)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -11,7 +11,8 @@ import test_cuda_attention as forward
 import test_cuda_attention_gradients as backward
 import test_cuda_attention_quantized as quantized
 from cases import AttentionCase as Case
-from cuda_attention import BF16, FP16, rand, run
+from cuda_attention import BF16, FP16, run
+from gpu_attention import rand
 from ptx import Report
 from ptx.compilers import needs_nvcc
 

@@ -2,69 +2,48 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from cases import naive_attention, seeded
+from cases import seeded
 from compare import assert_close
-from cuda_attention import BF16, FP16, gradients, packed, rand, whole
+from cuda_attention import BF16, FP16, gradients
+from gpu_attention import grad_case, naive_gradients, packed, rand, whole
 from ptx.compilers import needs_nvcc
 from torch import Tensor
 
-from tilewright.ops.attention_reference import CAUSAL, Operands, Options, reference_backward
+from tilewright.ops.attention_reference import Operands, Options, reference_backward
 
 pytestmark = needs_nvcc
 
 
-def naive_gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
-    """reference_backward's maths through autograd in the tensors' dtype."""
-    leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in t]
-    n = Operands(*leaves)
-    scores = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
-              "softcap": options.softcap, "alibi_slopes": n.alibi, "sinks": n.sinks, "bias": n.bias, "mask": n.mask,
-              "dropout_p": options.dropout_p, "seed": n.seed}  # fmt: skip
-    out, lse = naive_attention(n.q, n.k, n.v, **scores)
-    loss = (out * grad_out).sum() + (lse.masked_fill(lse == -math.inf, 0) * grad_lse).sum()
-    wanted = [x for x in (n.q, n.k, n.v, n.bias, n.alibi, n.sinks) if x is not None]
-    return list(torch.autograd.grad(loss, wanted))
-
-
-def case(
-    dtype: torch.dtype, heads: int, kv_heads: int, seq_q: int, seq_k: int, dim: int, v_dim: int | None = None, **more
-) -> Operands:
-    q, k = rand("q", 2, heads, seq_q, dim, dtype=dtype), rand("k", 2, kv_heads, seq_k, dim, dtype=dtype)
-    return Operands(q, k, rand("v", 2, kv_heads, seq_k, v_dim or dim, dtype=dtype), **more)
-
-
 # Tiles of 64 keys and 16 or 32 rows, and of 64 rows and 16 to 64 keys.
 GRADIENTS = {
-    "d64_g3": (lambda: case(BF16, 3, 1, 40, 200, 64), Options(0.125, 0.0, 2)),
-    "d64_g1": (lambda: case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
-    "d80_g8": (lambda: case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
-    "d128_g3": (lambda: case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
-    "d256_g1": (lambda: case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
-    "odd_dims": (lambda: case(BF16, 3, 1, 30, 90, 33, 17), Options(0.15, 0.0, 2)),
-    "window": (lambda: case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
-    "window_right": (lambda: case(FP16, 1, 1, 60, 150, 32), Options(0.2, 0.0, 0, 40, 9)),
+    "d64_g3": (lambda: grad_case(BF16, 3, 1, 40, 200, 64), Options(0.125, 0.0, 2)),
+    "d64_g1": (lambda: grad_case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
+    "d80_g8": (lambda: grad_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
+    "d128_g3": (lambda: grad_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
+    "d256_g1": (lambda: grad_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
+    "odd_dims": (lambda: grad_case(BF16, 3, 1, 30, 90, 33, 17), Options(0.15, 0.0, 2)),
+    "window": (lambda: grad_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
+    "window_right": (lambda: grad_case(FP16, 1, 1, 60, 150, 32), Options(0.2, 0.0, 0, 40, 9)),
     "softcap_alibi_sinks": (
-        lambda: case(FP16, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)), Options(0.3, 2.0, 2),
+        lambda: grad_case(FP16, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)), Options(0.3, 2.0, 2),
     ),
     "alibi_of_batch_d256": (
-        lambda: case(BF16, 2, 1, 20, 40, 256, alibi=rand("a", 2, 2).abs()), Options(0.06, 0.0, 2),
+        lambda: grad_case(BF16, 2, 1, 20, 40, 256, alibi=rand("a", 2, 2).abs()), Options(0.06, 0.0, 2),
     ),
-    "bias": (lambda: case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
-    "bias_of_rows_d128": (lambda: case(BF16, 2, 2, 70, 50, 128, bias=rand("b", 2, 1, 70, 1)), Options(0.1, 3.0, 2)),
-    "bias_d256": (lambda: case(FP16, 2, 2, 20, 50, 256, bias=rand("b", 1, 1, 1, 1)), Options(0.1, 0.0, 2)),
+    "bias": (lambda: grad_case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
+    "bias_rows_d128": (lambda: grad_case(BF16, 2, 2, 70, 50, 128, bias=rand("b", 2, 1, 70, 1)), Options(0.1, 3.0, 2)),
+    "bias_d256": (lambda: grad_case(FP16, 2, 2, 20, 50, 256, bias=rand("b", 1, 1, 1, 1)), Options(0.1, 0.0, 2)),
     "bias_of_keys_mask": (
-        lambda: case(
+        lambda: grad_case(
             FP16, 4, 2, 40, 50, 32, bias=rand("b", 2, 1, 1, 50),
             mask=torch.rand(1, 4, 40, 50, generator=seeded("m")) < 0.7,
         ),
         Options(0.2, 0.0, 2),
     ),
-    "dropout": (lambda: case(FP16, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
-    "more_queries": (lambda: case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
+    "dropout": (lambda: grad_case(FP16, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
 

@@ -148,6 +148,7 @@ def test_refusals() -> None:
     x = torch.zeros(3, K)
     cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (ValueError, "act must be one of", lambda: gated_mlp(x, gate_up, down, act="relu")),
+        (TypeError, "down must be a QuantizedWeight", lambda: gated_mlp(x, gate_up, torch.zeros(N, INNER))),
         (ValueError, "two rows for each column", lambda: gated_mlp(x, down, gate_up)),
         (ValueError, "last dimension of x", lambda: gated_mlp(torch.zeros(3, K + 1), gate_up, down)),
         (ValueError, "residual", lambda: gated_mlp(x, gate_up, down, residual=torch.zeros(3, N + 1))),

@@ -15,7 +15,7 @@ if INTERPRETED or not torch.cuda.is_available():
 import test_triton_attention as attention_tests
 import test_triton_gradients as gradient_tests
 import test_triton_linear as linear_tests
-from triton_sequences import rand
+from gpu_attention import rand
 
 import tilewright
 from tilewright.ops import grouped_linear

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import naive_attention, seeded
+from cases import seeded
 from compare import assert_close
-from torch import Tensor
+from gpu_attention import grad_case, naive_gradients, packed, rand, whole
 from triton_device import DTYPES, INTERPRETED, SWEEP, running
-from triton_sequences import packed, rand, whole
 
 import tilewright
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options, reference_backward
@@ -19,56 +17,36 @@ from tilewright.ops.attention_reference import CAUSAL, Operands, Options, refere
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def naive_gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
-    """reference_backward's maths through autograd in the tensors' dtype."""
-    leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in t]
-    n = Operands(*leaves)
-    scores = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
-              "softcap": options.softcap, "alibi_slopes": n.alibi, "sinks": n.sinks, "bias": n.bias, "mask": n.mask,
-              "dropout_p": options.dropout_p, "seed": n.seed}  # fmt: skip
-    out, lse = naive_attention(n.q, n.k, n.v, **scores)
-    loss = (out * grad_out).sum() + (0 if grad_lse is None else (lse.masked_fill(lse == -math.inf, 0) * grad_lse).sum())
-    wanted = [x for x in (n.q, n.k, n.v, n.bias, n.alibi, n.sinks) if x is not None]
-    return list(torch.autograd.grad(loss, wanted))
-
-
-def backward_case(
-    dtype: torch.dtype, heads: int, kv_heads: int, seq_q: int, seq_k: int, dim: int, v_dim: int | None = None, **more
-) -> Operands:
-    q, k = rand("q", 2, heads, seq_q, dim, dtype=dtype), rand("k", 2, kv_heads, seq_k, dim, dtype=dtype)
-    return Operands(q, k, rand("v", 2, kv_heads, seq_k, v_dim or dim, dtype=dtype), **more)
-
-
 # Tiles of 16 to 64 rows and keys.
 GRADIENTS = {
-    "d64_g3": (lambda: backward_case(BF16, 3, 1, 40, 110, 64), Options(0.125, 0.0, 2)),
-    "d64_g1": (lambda: backward_case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
-    "d80_g8": (lambda: backward_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
-    "d128_g3": (lambda: backward_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
-    "d256_g1": (lambda: backward_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
-    "d64_f32": (lambda: backward_case(FP32, 3, 1, 30, 100, 64), Options(0.125, 0.0, 2)),
-    "d128_f32": (lambda: backward_case(FP32, 1, 1, 50, 50, 128), Options(0.09, 0.0, 2)),
-    "window": (lambda: backward_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
+    "d64_g3": (lambda: grad_case(BF16, 3, 1, 40, 110, 64), Options(0.125, 0.0, 2)),
+    "d64_g1": (lambda: grad_case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
+    "d80_g8": (lambda: grad_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
+    "d128_g3": (lambda: grad_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
+    "d256_g1": (lambda: grad_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
+    "d64_f32": (lambda: grad_case(FP32, 3, 1, 30, 100, 64), Options(0.125, 0.0, 2)),
+    "d128_f32": (lambda: grad_case(FP32, 1, 1, 50, 50, 128), Options(0.09, 0.0, 2)),
+    "window": (lambda: grad_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
     "softcap_alibi_sinks": (
-        lambda: backward_case(FP32, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)),
+        lambda: grad_case(FP32, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)),
         Options(0.3, 2.0, 2),
     ),
     "alibi_d128_f32": (
-        lambda: backward_case(FP32, 2, 1, 30, 40, 128, alibi=rand("a", 2).abs()), Options(0.09, 0.0, 2),
+        lambda: grad_case(FP32, 2, 1, 30, 40, 128, alibi=rand("a", 2).abs()), Options(0.09, 0.0, 2),
     ),
     "alibi_d256_f32": (
-        lambda: backward_case(FP32, 2, 1, 20, 40, 256, alibi=rand("a", 2).abs()), Options(0.06, 0.0, 2),
+        lambda: grad_case(FP32, 2, 1, 20, 40, 256, alibi=rand("a", 2).abs()), Options(0.06, 0.0, 2),
     ),
-    "bias": (lambda: backward_case(FP32, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
+    "bias": (lambda: grad_case(FP32, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
     "bias_of_keys_mask": (
-        lambda: backward_case(
+        lambda: grad_case(
             FP16, 4, 2, 40, 50, 32, bias=rand("b", 2, 1, 1, 50),
             mask=torch.rand(1, 4, 40, 50, generator=seeded("m")) < 0.7,
         ),
         Options(0.2, 0.0, 2),
     ),
-    "dropout": (lambda: backward_case(FP32, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
-    "more_queries": (lambda: backward_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
+    "dropout": (lambda: grad_case(FP32, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
 
@@ -133,7 +111,7 @@ def gradients_of_packed(t: Operands, options: Options) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the PTX has the tiles that this is about")
 @pytest.mark.parametrize("residue", range(64) if SWEEP else (0, 1, 7, 15, 17, 33, 63))
 def test_gradients_at_every_residue_of_the_length(residue: int) -> None:
-    gradients(backward_case(BF16, 3, 1, 12 + residue, 70 + residue, 64), Options(0.125, 0.0, 2))
+    gradients(grad_case(BF16, 3, 1, 12 + residue, 70 + residue, 64), Options(0.125, 0.0, 2))
 
 
 def test_autograd_reaches_the_kernels() -> None:

@@ -13,7 +13,7 @@ import test_triton_attention as attention_tests
 import test_triton_gradients as gradient_tests
 import test_triton_linear as linear_tests
 from cases import AttentionCase
-from triton_sequences import rand
+from gpu_attention import grad_case, rand
 
 import tilewright
 from tilewright.ops.attention_reference import CAUSAL, Options
@@ -59,7 +59,7 @@ def forward(name: str, dtype: torch.dtype = BF16, **sizes: object) -> None:
 
 
 def backward(heads: int, seq_q: int, seq_k: int, dim: int, scale: float, **more: object) -> None:
-    t = gradient_tests.backward_case(BF16, heads, 1, seq_q, seq_k, dim, **more)
+    t = grad_case(BF16, heads, 1, seq_q, seq_k, dim, **more)
     gradient_tests.gradients(t, Options(scale, 0.0, CAUSAL.index(BOTTOM)))
 
 

@@ -24,12 +24,8 @@ bool is_contiguous(const TensorView& t) {
 void act_mul(const TensorView& gate, const TensorView& up, const TensorView& out,
              const std::string& activation) {
   ActMulArgs a;
-  a.activation = activation == "silu"   ? Activation::silu
-                 : activation == "gelu" ? Activation::gelu
-                                        : Activation::gelu_tanh;
+  a.activation = activation_of("gelu_mul", activation);
   const char* op = a.activation == Activation::silu ? "silu_mul" : "gelu_mul";
-  TW_EXPECT(a.activation != Activation::gelu_tanh || activation == "gelu_tanh", op,
-            "activation must be silu, gelu or gelu_tanh, got \"" + activation + "\"");
   expect_cpu(op, "gate", gate);
   expect_cpu(op, "up", up);
   expect_storage(op, "gate", gate);

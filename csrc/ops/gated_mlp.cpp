@@ -7,21 +7,12 @@
 #include "ops.h"
 #include "ops/check.h"
 #include "ops/linear_call.h"
-#include "ops/overlap.h"
 #include "ops/quant.h"
 
 namespace tilewright {
 namespace {
 
 constexpr const char* kOp = "gated_mlp";
-
-void expect_bias(const char* name, const TensorView& bias, int64_t n) {
-  TW_EXPECT(
-      !bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
-                bias.dtype == DType::f32 && bias.device_type == 1),
-      kOp,
-      std::string(name) + " must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
-}
 
 }  // namespace
 
@@ -47,20 +38,12 @@ void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightForma
   TW_EXPECT(
       shapes, kOp,
       "out must be of x's shape and dtype with " + std::to_string(w2.n) + " columns, got " + shape_of(out));
-  TW_EXPECT(!residual || (residual.dtype == out.dtype && residual.device_type == 1 &&
-                          same_shape(residual, out) && !overlaps(residual, out)),
-            kOp,
-            "residual must be another tensor of the result's shape and dtype, got " + shape_of(residual));
-  if (residual) expect_unit_stride(kOp, "residual", residual);
-  expect_bias("gate_up_bias", options.gate_up_bias, w1.n);
-  expect_bias("down_bias", options.down_bias, w2.n);
+  expect_residual(kOp, residual, out);
+  expect_bias(kOp, "gate_up_bias", options.gate_up_bias, w1.n);
+  expect_bias(kOp, "down_bias", options.down_bias, w2.n);
   LinearCall first(kOp, w1, options.activation), second(kOp, w2, options.activation);
   ActMulArgs act;
-  act.activation = options.act == "silu"   ? Activation::silu
-                   : options.act == "gelu" ? Activation::gelu
-                                           : Activation::gelu_tanh;
-  TW_EXPECT(act.activation != Activation::gelu_tanh || options.act == "gelu_tanh", kOp,
-            "act must be silu, gelu or gelu_tanh, got \"" + options.act + "\"");
+  act.activation = activation_of(kOp, options.act);
   record(kOp, second.isa());
   const int64_t m = w1.k == 0 ? 0 : x.numel() / w1.k;
   if (m == 0 || w2.n == 0) return;

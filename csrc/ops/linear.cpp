@@ -10,7 +10,6 @@
 #include "ops.h"
 #include "ops/check.h"
 #include "ops/linear_call.h"
-#include "ops/overlap.h"
 #include "ops/quant.h"
 
 namespace tilewright {
@@ -133,9 +132,7 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
   TW_EXPECT(
       shapes && is_float_storage(out.dtype), kOp,
       "out must be a float tensor of x's shape with " + std::to_string(n) + " columns, got " + shape_of(out));
-  TW_EXPECT(!bias || (bias.ndim == 1 && bias.dim(0) == w.n && (w.n <= 1 || bias.strides[0] == 1) &&
-                      bias.dtype == DType::f32 && bias.device_type == 1),
-            kOp, "bias must be a contiguous float32 CPU tensor of shape (" + std::to_string(w.n) + ",)");
+  expect_bias(kOp, "bias", bias, w.n);
   TW_EXPECT(!columns || (columns.dtype == DType::i64 && columns.ndim == 1 && columns.dim(0) == k &&
                          (k <= 1 || columns.stride(0) == 1) && columns.device_type == 1),
             kOp, "columns must be a contiguous int64 CPU tensor of shape (" + std::to_string(k) + ",)");
@@ -144,15 +141,7 @@ void linear(const TensorView& x, const TensorView& packed, const WeightFormat& f
       TW_EXPECT(columns.as<const int64_t>()[i] >= 0 && columns.as<const int64_t>()[i] < k, kOp,
                 "columns must lie in [0, " + std::to_string(k) + ")");
   LinearCall call(kOp, w, activation);
-  TW_EXPECT(
-      !residual || (residual.dtype == out.dtype && residual.device_type == 1 && same_shape(residual, out)),
-      kOp,
-      "residual must be of the result's shape " + shape_of(out) + " and dtype " + name_of(out.dtype) +
-          ", got " + shape_of(residual) + " " + name_of(residual.dtype));
-  if (residual) {
-    expect_unit_stride(kOp, "residual", residual);
-    TW_EXPECT(!overlaps(residual, out), kOp, "out must not overlap residual");
-  }
+  expect_residual(kOp, residual, out);
   const int64_t m = n == 0 || k == 0 ? 0 : x.numel() / k;
   if (sizes) {
     int64_t rows = 0;

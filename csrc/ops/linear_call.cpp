@@ -6,6 +6,8 @@
 //
 #include "cpu/kernels/rows.h"
 #include "cpu/table.h"
+#include "ops/check.h"
+#include "ops/overlap.h"
 #include "ops/quant.h"
 
 namespace tilewright {
@@ -182,6 +184,24 @@ void LinearCall::redo_rows_not_finite(const LinearArgs& a, int64_t begin, int64_
       }
     });
   }
+}
+
+void expect_bias(const char* op, const char* name, const TensorView& bias, int64_t n) {
+  TW_EXPECT(
+      !bias || (bias.ndim == 1 && bias.dim(0) == n && (n <= 1 || bias.strides[0] == 1) &&
+                bias.dtype == DType::f32 && bias.device_type == 1),
+      op,
+      std::string(name) + " must be a contiguous float32 CPU tensor of shape (" + std::to_string(n) + ",)");
+}
+
+void expect_residual(const char* op, const TensorView& residual, const TensorView& out) {
+  if (!residual) return;
+  TW_EXPECT(residual.dtype == out.dtype && same_shape(residual, out), op,
+            "residual must be of the result's shape " + shape_of(out) + " and dtype " + name_of(out.dtype) +
+                ", got " + shape_of(residual) + " " + name_of(residual.dtype));
+  expect_cpu(op, "residual", residual);
+  expect_unit_stride(op, "residual", residual);
+  TW_EXPECT(!overlaps(residual, out), op, "out must not overlap residual");
 }
 
 void put_output(const LinearArgs& a, int64_t r, int64_t n, float v) {

@@ -60,6 +60,11 @@ class LinearCall {
   int64_t chunk_ = 0;
 };
 
+// What a product may add: bias, contiguous fp32 (n,), and residual, like out but not in its memory; both may
+// be absent.
+void expect_bias(const char* op, const char* name, const TensorView& bias, int64_t n);
+void expect_residual(const char* op, const TensorView& residual, const TensorView& out);
+
 // v as output n of row r, bias and residual added.
 void put_output(const LinearArgs& a, int64_t r, int64_t n, float v);
 

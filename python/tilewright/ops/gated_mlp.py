@@ -42,6 +42,9 @@ def gated_mlp(
     check_backend("gated_mlp", backend)
     if act not in ACTS:
         raise ValueError(f"gated_mlp: act must be one of {ACTS}, got {act!r}")
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not hasattr(weight, "packed"):
+            raise TypeError(f"gated_mlp: {name} must be a QuantizedWeight, got {type(weight).__name__}")
     if gate_up.shape[0] != 2 * down.shape[1]:
         raise ValueError(
             f"gated_mlp: gate_up must have two rows for each column of down, got {gate_up.shape} and {down.shape}"

@@ -1,0 +1,90 @@
+"""Calls of attention, and what gradients are compared with, that the tests of the CUDA and the Triton kernels share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from cases import naive_attention, seeded
+from torch import Tensor
+
+from tilewright.ops.attention_reference import CAUSAL, Operands, Options
+
+
+def rand(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(name)).to(dtype)
+
+
+def whole(*numbers: int) -> Tensor:
+    return torch.tensor(numbers)
+
+
+def packed(dtype: torch.dtype, group: int = 3) -> Operands:
+    """Five sequences, one without queries, one without keys, one with more queries than keys, and rows of none."""
+    return Operands(
+        rand("q", 1, 2 * group, 130, 40, dtype=dtype), rand("k", 1, 2, 200, 40, dtype=dtype),
+        rand("v", 1, 2, 200, 24, dtype=dtype), q_start=whole(0, 1, 40, 40, 60), q_end=whole(1, 40, 40, 60, 125),
+        k_start=whole(0, 30, 60, 100, 100), k_end=whole(30, 60, 100, 100, 198),
+    )  # fmt: skip
+
+
+def paged(dtype: torch.dtype, seq_q: int, page_size: int) -> Operands:
+    table = torch.randint(0, 70, (3, -(-700 // page_size)), generator=seeded("table"), dtype=torch.int32)
+    table[1, 1:] = 1 << 30  # beyond the sequence anything may stand there
+    return Operands(
+        rand("q", 3, 6, seq_q, 64, dtype=dtype), rand("k", 70, 2, page_size, 64, dtype=dtype),
+        rand("v", 70, 2, page_size, 64, dtype=dtype), k_start=whole(2, 0, 17), k_end=whole(300, 1, 690),
+        block_table=table,
+    )  # fmt: skip
+
+
+def dense(d: torch.dtype, batch: int, seq_q: int, seq_k: int, keys: int | None = None, **more: Tensor) -> Operands:
+    k, v = (rand(n, keys or batch, 2, seq_k, 64, dtype=d) for n in "kv")
+    return Operands(rand("q", batch, 6, seq_q, 64, dtype=d), k, v, **more)
+
+
+CALLS = {
+    "packed": (lambda d: packed(d), Options(0.2, 0.0, 2)),
+    "packed window": (
+        lambda d: packed(d)._replace(alibi=rand("a", 5, 6).abs(), sinks=rand("s", 6)), Options(0.2, 0.0, 2, 9),
+    ),
+    "packed dropout": (lambda d: packed(d, 1)._replace(seed=whole(-7)), Options(0.2, 0.0, 0, -1, -1, 0.3)),
+    "packed, a row of keys each": (
+        lambda d: packed(d)._replace(k=rand("k", 5, 2, 50, 40, dtype=d), v=rand("v", 5, 2, 50, 24, dtype=d),
+                                     k_start=whole(0, 3, 31, 31, 0), k_end=whole(30, 31, 31, 50, 50)),
+        Options(0.2, 3.0, 1),
+    ),
+    "paged decode": (lambda d: paged(d, 1, 16), Options(0.2, 0.0, 2)),
+    "paged decode, odd pages": (lambda d: paged(d, 2, 7)._replace(k_batch=whole(0, 0, 2)), Options(0.2, 0.0, 2, 100)),
+    "paged prefill": (lambda d: paged(d, 40, 16), Options(0.2, 0.0, 2)),
+    "paged prefill, general": (lambda d: paged(d, 40, 16)._replace(alibi=rand("a", 6).abs()), Options(0.2, 0.0, 2)),
+    "padded decode": (lambda d: dense(d, 3, 1, 600, k_start=whole(5, 0, 599), k_end=whole(600, 300, 599)),
+                      Options(0.2, 0.0, 2, 280)),
+    "padded, rows by index": (
+        lambda d: dense(d, 3, 30, 200, 2, k_start=whole(5, 0, 0), k_end=whole(200, 0, 77), k_batch=whole(1, 0, 1)),
+        Options(0.2, 0.0, 2),
+    ),
+    "dropout": (lambda d: dense(d, 2, 30, 90, seed=whole(77)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "dropout decode": (lambda d: dense(d, 2, 2, 600, seed=whole(-3)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "dropout of all": (lambda d: dense(d, 1, 30, 70, seed=whole(1)), Options(0.2, 0.0, 2, -1, -1, 1.0)),
+}  # fmt: skip
+
+
+def naive_gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
+    """reference_backward's maths through autograd in the tensors' dtype."""
+    leaves = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in t]
+    n = Operands(*leaves)
+    scores = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
+              "softcap": options.softcap, "alibi_slopes": n.alibi, "sinks": n.sinks, "bias": n.bias, "mask": n.mask,
+              "dropout_p": options.dropout_p, "seed": n.seed}  # fmt: skip
+    out, lse = naive_attention(n.q, n.k, n.v, **scores)
+    loss = (out * grad_out).sum() + (0 if grad_lse is None else (lse.masked_fill(lse == -math.inf, 0) * grad_lse).sum())
+    wanted = [x for x in (n.q, n.k, n.v, n.bias, n.alibi, n.sinks) if x is not None]
+    return list(torch.autograd.grad(loss, wanted))
+
+
+def grad_case(
+    dtype: torch.dtype, heads: int, kv_heads: int, seq_q: int, seq_k: int, dim: int, v_dim: int | None = None, **more
+) -> Operands:
+    q, k = rand("q", 2, heads, seq_q, dim, dtype=dtype), rand("k", 2, kv_heads, seq_k, dim, dtype=dtype)
+    return Operands(q, k, rand("v", 2, kv_heads, seq_k, v_dim or dim, dtype=dtype), **more)
