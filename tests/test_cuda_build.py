@@ -16,8 +16,9 @@ from pathlib import Path
 import cuda_device
 import pytest
 import torch
+from gpu_linear import Case, inputs
 from ptx.compilers import needs_nvcc
-from test_cuda_linear import Case, inputs, run
+from test_cuda_linear import run
 
 from tilewright.bench import cuda_resources
 

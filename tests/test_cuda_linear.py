@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cuda_device
 import pytest
 import torch
-from cases import seeded
 from compare import assert_close, assert_same_bits
 from cuda_device import SWEEP
+from gpu_linear import BF16, FP16, FP32, Case, inputs, naive
 from ptx.compilers import needs_nvcc
 from torch import Tensor
 
 import tilewright
-from tilewright.ops.linear import quantized_linear_reference, rounded_activations
+from tilewright.ops.linear import quantized_linear_reference
 from tilewright.quant import QuantizedWeight
-from tilewright.quant.weight import pack
 from tilewright.triton_kernels.weight import GpuWeight, gpu_weight
 
 pytestmark = needs_nvcc
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    m: int
-    n: int
-    k: int
-    codes: str = "int4"
-    group: int = 32
-    offset: str = "none"
-    bias: bool = False
-    scale: torch.dtype = FP16
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}_{self.codes}_g{self.group}_{self.offset}"
 
 
 # Rows: the kernels for 1, 2 and 4, then tiles of 16, 32, 64 and 128. Columns: 64 or 128 a step, at least three steps of
@@ -53,22 +36,6 @@ CASES = [
 WAYS = [(BF16, "bf16"), (BF16, "int8"), (FP16, "fp32"), (FP32, "int8_token"), (BF16, "int8_token"), (FP16, "int8")]
 
 
-def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, QuantizedWeight, Tensor | None]:
-    c, g = case, seeded(str(case))
-    groups = 1 if c.group == -1 else -(-c.k // c.group)
-    top = 1 << int(c.codes[3])
-    codes = torch.randint(0, top, (c.n, c.k), generator=g, dtype=torch.uint8)
-    scales = (torch.rand(c.n, groups, generator=g) * 0.02 + 0.001).to(c.scale).float()
-    offsets = None
-    if c.offset == "zero":
-        offsets = torch.randint(0, top, (c.n, groups), generator=g, dtype=torch.uint8)
-    elif c.offset == "min":
-        offsets = torch.randn(c.n, groups, generator=g).to(c.scale).float() * 0.125
-    weight = pack(codes, scales, offsets, c.codes, c.group, c.offset)
-    bias = torch.randn(c.n, generator=g) if c.bias else None
-    return torch.randn(c.m, c.k, generator=g).to(dtype), weight, bias
-
-
 def on_gpu(weight: QuantizedWeight) -> GpuWeight:
     return gpu_weight(weight.packed, *weight.spec())
 
@@ -84,15 +51,6 @@ def run(
     weights = (w.codes, w.scales, w.offsets, w.bits, w.middle, w.group, w.k, w.offset)
     cuda.linear(x, *weights, bias, sizes, kind, workspace, out)
     return out
-
-
-def naive(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    w = weight.dequantize()
-    if activation.startswith("int8"):
-        out = rounded_activations(x, weight, activation).float() @ w.t()
-    else:
-        out = (x @ w.to(x.dtype).t()).float()
-    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:

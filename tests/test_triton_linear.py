@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import LinearCase, linear_inputs, seeded
 from compare import assert_close, assert_same_bits
+from gpu_linear import BF16, FP16, FP32, Case, inputs, naive
 from torch import Tensor
 from triton_device import INTERPRETED, SWEEP, running
 
 import tilewright
 from tilewright import QuantizedWeight
 from tilewright.ops import grouped_linear
-from tilewright.ops.linear import quantized_linear_reference, rounded_activations
-from tilewright.quant.weight import CODES, pack, pack_bf16
+from tilewright.ops.linear import quantized_linear_reference
+from tilewright.quant.weight import CODES, pack
 from tilewright.triton_kernels.weight import gpu_weight
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    m: int
-    n: int
-    k: int
-    codes: str = "int4"
-    group: int = 32
-    offset: str = "none"
-    bias: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}_{self.codes}_g{self.group}_{self.offset}"
-
 
 # Up to 4 rows the kernel without tensor cores, then tiles of 16, 32, 64 and 128 rows; 64 columns a step, a half each.
 CASES = [
     Case(1, 33, 130), Case(4, 70, 65, "int8", 64, "zero"), Case(2, 40, 200, "int4", 128, "min", True),
-    Case(3, 17, 31, "int6", 16), Case(1, 9, 1100, "int4", -1, "zero"), Case(5, 33, 130),
+    Case(3, 17, 31, "int6", 16), Case(1, 9, 1100, "int4", -1, "zero", scale=FP32), Case(5, 33, 130),
     Case(16, 70, 300, "int4", 64, "zero"),
     Case(17, 65, 129, "int8", -1), Case(40, 97, 96, "int4", 16, "min", True), Case(70, 130, 190, "int4", 32, "zero"),
-    Case(130, 70, 257, "int8", 32, "min"), Case(140, 65, 320, "int4", -1), Case(9, 200, 1000, "int5", 96, "none", True),
+    Case(130, 70, 257, "int8", 32, "min", scale=FP32), Case(140, 65, 320, "int4", -1),
+    Case(9, 200, 1000, "int5", 96, "none", True),
     Case(8, 1, 1), Case(1, 1, 1), Case(6, 66, 33, "int8", 16, "zero"),
     # Codes of tables, fp8 and bfloat16 themselves.
     Case(1, 33, 130, "nf4", 64), Case(20, 40, 100, "iq4_nl"), Case(3, 40, 300, "mxfp4", 32), Case(9, 66, 65, "fp4", 64),
@@ -63,36 +48,6 @@ def pairs() -> list:
             if SWEEP or j in (i % 7, (i + 3) % 7):
                 found.append(pytest.param(case, dtype, activation, id=f"{case}_{str(dtype)[6:]}_{activation}"))
     return found
-
-
-def inputs(case: Case, dtype: torch.dtype, expert: int = 0) -> tuple[Tensor, QuantizedWeight, Tensor | None]:
-    c, g = case, seeded(f"{case}{expert or ''}")
-    bias = torch.randn(c.n, generator=g) if c.bias else None
-    x = torch.randn(c.m, c.k, generator=g).to(dtype)
-    if c.codes == "bf16":
-        return x, pack_bf16(torch.randn(c.n, c.k, generator=g) * 0.1), bias
-    groups = 1 if c.group == -1 else -(-c.k // c.group)
-    top = 1 << (int(c.codes[3]) if c.codes.startswith("int") else 8 if c.codes == "e4m3" else 4)
-    codes = torch.randint(0, top, (c.n, c.k), generator=g, dtype=torch.uint8)
-    if c.codes == "e4m3":
-        codes[codes & 127 == 127] = 0  # no NaN
-    scales = (torch.rand(c.n, groups, generator=g) * 0.02 + 0.001).half().float()
-    offsets = None
-    if c.offset == "zero":
-        offsets = torch.randint(0, top, (c.n, groups), generator=g, dtype=torch.uint8)
-    elif c.offset == "min":
-        offsets = torch.randn(c.n, groups, generator=g).half().float() * 0.1
-    return x, pack(codes, scales, offsets, c.codes, c.group, c.offset), bias
-
-
-def naive(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    w = weight.dequantize()
-    if activation.startswith("int8"):
-        out = rounded_activations(x, weight, activation).float() @ w.t()
-    else:
-        dtype = BF16 if activation == "bf16" else x.dtype
-        out = (x.to(dtype) @ w.to(dtype).t()).float()
-    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str, choice: int = 0) -> Tensor:
