@@ -53,11 +53,10 @@ void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightForma
   first.prepare(rows_of(x), storage_of(x.dtype), m);
   first.args.bias = options.gate_up_bias.as<const float>();
   // The floats of act(gate) * up, where they are needed as a whole: before one scale a row is known, say.
-  const bool blocks_only = second.by_block() && first.rows_are_finite(0, m);
+  const bool finite = first.rows_are_finite(0, m), blocks_only = second.by_block() && finite;
   const int64_t operand_bytes = (second.operand_bytes(m) + 63) / 64 * 64;
   char* memory = static_cast<char*>(
-      scratch(Scratch::inner,
-              operand_bytes + (blocks_only ? 0 : m * inner * (first.rows_are_finite(0, m) ? 4 : 12))));
+      scratch(Scratch::inner, operand_bytes + (blocks_only ? 0 : m * inner * (finite ? 4 : 12))));
   second.place(memory, m);
   float* whole = reinterpret_cast<float*>(memory + operand_bytes);
   const Rows whole_rows{whole, 1, {m}, {inner}};
@@ -68,7 +67,7 @@ void gated_mlp(const TensorView& x, const TensorView& gate_up, const WeightForma
     table().act_mul.fn(a, begin, end);
   };
   const int64_t half = inner / 32;
-  if (first.rows_are_finite(0, m)) {
+  if (finite) {
     const auto some_blocks = [&](int64_t block, int64_t blocks, int64_t begin, int64_t end, char* panel) {
       const int64_t count = end - begin, width = blocks * 32;
       float* gate = extra_of(panel, count);
