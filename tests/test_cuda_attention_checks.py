@@ -12,7 +12,7 @@ import test_cuda_attention_gradients as backward
 import test_cuda_attention_quantized as quantized
 from cases import AttentionCase as Case
 from cuda_attention import BF16, FP16, run
-from gpu_attention import rand
+from gpu_attention import grad_case, rand
 from ptx import Report
 from ptx.compilers import needs_nvcc
 
@@ -47,17 +47,17 @@ def codes(bits: int, dim: int = 64) -> Callable[[], None]:
 
 
 def gradients() -> None:
-    backward.check(backward.case(BF16, 3, 1, 60, 200, 64), Options(0.125, 0.0, 2))
+    backward.check(grad_case(BF16, 3, 1, 60, 200, 64), Options(0.125, 0.0, 2))
 
 
 def gradients_wide() -> None:
-    backward.check(backward.case(BF16, 1, 1, 80, 100, 256), Options(0.06, 0.0, 2))
+    backward.check(grad_case(BF16, 1, 1, 80, 100, 256), Options(0.06, 0.0, 2))
 
 
 def gradients_general() -> None:
     more = {"alibi": rand("a", 2).abs(), "sinks": rand("s", 2)}
     for shape in ((1, 70, 100), (1, 1, 70, 1)):
-        t = backward.case(BF16, 2, 2, 70, 100, 64, bias=rand("b", *shape, dtype=BF16), **more)
+        t = grad_case(BF16, 2, 2, 70, 100, 64, bias=rand("b", *shape, dtype=BF16), **more)
         backward.check(t, Options(0.06, 0.0, 2))
 
 

@@ -123,15 +123,19 @@ def _many_rows(t: Operands) -> list[triton.Config]:
     elif wide <= 256:
         shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     else:
-        shapes = [(32, 32, 8, 2), (16, 16, 4, 1)]
-    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n, w, s in shapes]
+        shapes = [(32, 16, 8, 2), (16, 16, 4, 1)]
+    fp32 = t.q.dtype == torch.float32
+    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 and wide == 128) for m, n, w, s in shapes]
 
 
 def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
     """One tile of all ``rows`` rows, where reading keys and values decides."""
     wide, block = max(head_blocks(t)), max(16, triton.next_power_of_2(rows))
     if t.q.dtype == torch.float32:
-        shapes = [(16, 4, 1)] if wide <= 128 and block == 16 else [(16, 8, 1)]
+        if block == 64 and wide > 64:
+            shapes = []
+        else:
+            shapes = [(16, 4, 1)] if wide <= 128 and block == 16 else [(16, 8, 1)]
     elif wide <= 128:
         shapes = [(32, 4, 3), (32, 4, 2)] if block == 64 and score_bytes(t) else [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
     elif wide <= 256:

@@ -159,6 +159,8 @@ def _configs(t: Operands, of_keys: bool) -> list[triton.Config]:
         shapes += [(32, 32, 8, 1)]
     else:
         shapes = [(32, 32, 8, 1), (16, 16, 4, 1)] if wide <= 256 else [(16, 16, 8, 1)]
+        if wide <= 256 and not of_keys and (t.mask is not None or t.bias is not None or t.seed is not None):
+            shapes = [(32, 16, 8, 1), (16, 16, 4, 1)]
     fp32 = t.q.dtype == torch.float32
     return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 and wide > 128) for m, n, w, s in shapes]
 
