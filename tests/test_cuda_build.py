@@ -82,7 +82,8 @@ def test_the_table_has_every_kernel_and_no_spills() -> None:
             for source in (cuda_device.CSRC / "cuda").glob("*.cu")
             for name in re.findall(r"(\w+_kernel)\(", source.read_text())
         }
-        assert listed == (written if target == "sm_90a" else written - {"wgmma_kernel"})
+        for_hopper = {name for name in written if name.endswith("wgmma_kernel")}
+        assert listed == (written if target == "sm_90a" else written - for_hopper)
 
 
 @needs_nvcc
