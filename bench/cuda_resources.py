@@ -80,8 +80,9 @@ def compiled(target: str, source: Path) -> Iterator[tuple]:
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} {source}\n{done.stderr}")
-        # ptxas takes back what a kernel asks for: wgmma one at a time, setmaxnreg not at all.
-        if lost := re.findall(r".*Potential Performance Loss.*", done.stderr):
+        # ptxas adds a fence that wgmma lacks, runs products one by one whose registers are touched before their wait,
+        # or ignores setmaxnreg: with a note only.
+        if lost := re.findall(r".*\(C75\d\d\).*", done.stderr):
             raise RuntimeError("\n".join(lost))
         ptx = next(Path(folder).glob("*.ptx")).read_text()
     threads = dict(re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, re.DOTALL))
