@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   if (threadIdx.x >= kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    give_registers<24>();
     if (threadIdx.x > kConsumers || steps == 0) return;
     barrier_expect(q_here, 2 * L::kOwnQ);
     for (int i = 0; i < 2; ++i)
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  take_registers<240>();
 
   const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
     if (a.lse && t == 0 && row < s.count) a.lse[lse_index(a, s, head, row)] = log_sum(natural, total);
   }
   // The warpgroup is done with its rows of q; results take their place.
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(kWarpgroup) : "memory");
+  warpgroup_meet(1 + warpgroup);
   uint16_t* const results = reinterpret_cast<uint16_t*>(q_rows) + warp * 16 * kDim;
   store_rows<T, kDim>(out, factor, results, 0, int(a.v_dim), a.aligned_out, [&](int i) {
     const int row = warp_row + i;

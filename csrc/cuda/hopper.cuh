@@ -57,6 +57,20 @@ __device__ inline void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// The four warps of a warpgroup wait for each other. number: 1 to 15.
+__device__ inline void warpgroup_meet(int number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+}
+// A warpgroup leaves all but N registers a thread to the block, or takes N.
+template <int N>
+__device__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
 // A box of a matrix, or of a (batch, head, row, column) tensor, from its first element on; by one thread.
 __device__ inline void copy_tile(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
