@@ -185,6 +185,11 @@ TW_INLINE I lookup_bytes(Bytes16 table, I a) { return _mm512_shuffle_epi8(table,
 using Floats16 = __m512;
 TW_INLINE Floats16 load_floats16(const float* p) { return _mm512_loadu_ps(p); }
 TW_INLINE F lookup(Floats16 table, I a) { return _mm512_permutexvar_ps(a, table); }
+// gcc 12 puts a vector that two masks read on the stack, where it meets them as a memory operand.
+TW_INLINE I in_register(I a) {
+  asm("" : "+v"(a));
+  return a;
+}
 TW_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 TW_INLINE I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 template <int k>

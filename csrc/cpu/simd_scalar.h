@@ -243,6 +243,7 @@ TW_INLINE F lookup(Floats16 table, I a) {
   TW_LANES r.v[i] = table[a.v[i] & 15];
   return r;
 }
+TW_INLINE I in_register(I a) { return a; }
 TW_INLINE I low_nibbles(I a) {
   TW_LANES a.v[i] &= 0x0f0f0f0f;
   return a;

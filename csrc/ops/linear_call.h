@@ -96,26 +96,25 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
     task(*c.args, first, last, c.begin, c.end, static_cast<char*>(scratch(Scratch::panel, panel_bytes)));
   };
   const int64_t tasks = static_cast<int64_t>(chunks.size()) * blocks;
-  if (most <= 8) {  // memory bound: threads stream through long stretches of the weights
-    const int64_t k = groups.empty() ? 1 : std::max<int64_t>(1, groups[0].args.w.k);
-    const int64_t grain = std::max<int64_t>(1, kLinearSerial / (most * 32 * k));
-    // Several a thread, for those that get more of the memory's bandwidth (bench/NOTES.md).
-    const int64_t pieces = std::clamp<int64_t>(tasks / grain, 1, 4 * num_threads());
-    const auto piece = [&](int64_t p) {
-      for (int64_t i = tasks * p / pieces, end = tasks * (p + 1) / pieces, next; i < end; i = next) {
-        const int64_t chunk = i / blocks, first = i % blocks;
-        next = std::min(end, (chunk + 1) * blocks);
-        one(static_cast<size_t>(chunk), first, first + next - i);
-      }
-    };
-    if (pieces == 1)
-      piece(0);
-    else
-      parallel_tasks(pieces, piece);
-  } else {
-    parallel_tasks(tasks,
-                   [&](int64_t i) { one(static_cast<size_t>(i / blocks), i % blocks, i % blocks + 1); });
-  }
+  const int64_t k = groups.empty() ? 1 : std::max<int64_t>(1, groups[0].args.w.k);
+  const int64_t grain = std::max<int64_t>(1, kLinearSerial / (most * 32 * k));
+  // Threads stream through stretches of the weights, which get shorter so that the threads finish together
+  // (bench/NOTES.md).
+  const int64_t pieces = std::clamp<int64_t>(tasks / grain, 1, 4 * num_threads());
+  const auto begin_of = [&](int64_t p) {
+    return tasks - tasks * (pieces - p) * (pieces - p) / (pieces * pieces);
+  };
+  const auto piece = [&](int64_t p) {
+    for (int64_t i = begin_of(p), end = begin_of(p + 1), next; i < end; i = next) {
+      const int64_t chunk = i / blocks, first = i % blocks;
+      next = std::min(end, (chunk + 1) * blocks);
+      one(static_cast<size_t>(chunk), first, first + next - i);
+    }
+  };
+  if (pieces == 1)
+    piece(0);
+  else
+    parallel_tasks(pieces, piece);
 }
 inline float* extra_of(char* panel, int64_t rows) {
   return reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes + rows * 128);

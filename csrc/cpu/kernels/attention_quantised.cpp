@@ -77,6 +77,13 @@ struct Digits {
   }
 };
 
+// Asks for the beginning of each page of [at, at + bytes): the processor's own prefetcher follows a stream,
+// but not into the next page (bench/NOTES.md).
+TW_INLINE void prefetch_heads(const uint8_t* at, int64_t bytes) {
+  for (int64_t page = 0; page < bytes; page += Prefetch::kPage)
+    for (int64_t i = 0; i < int64_t(Prefetch::kHead); i += 64) __builtin_prefetch(at + page + i, 0, 2);
+}
+
 // out[i][h] = digits of rows [r, r + N) . rows pair_row(pair, h) of a block of codes. With 4 bits the same
 // place `ahead` bytes further on is fetched meanwhile (bench/NOTES.md: with 8 that costs more than it saves).
 template <int bits, int P, int N>
@@ -91,25 +98,31 @@ TW_INLINE void dot_block(const Digits<bits, P>& x, int64_t r, const uint8_t* cod
   const int8_t* rows = x.row(r);
   const int64_t ld = x.ld;
   codes += pair * W * 4;
-  for (int64_t s = 0; s < steps; ++s, codes += kStep, rows += 4) {
+  const auto step = [&](int64_t s) {
+    const uint8_t* at = codes + s * kStep;
     I low, high;
     if constexpr (bits == 8) {
-      low = iload(codes);
-      high = iload(codes + 64);
+      low = iload(at);
+      high = iload(at + 64);
     } else {
-      __builtin_prefetch(codes + ahead);
-      const I both = iload(codes);
+      __builtin_prefetch(at + ahead);
+      const I both = in_register(iload(at));
       low = low_nibbles(both);
       high = high_nibbles(both);
     }
     TW_UNROLL for (int i = 0; i < N; ++i) {
       TW_UNROLL for (int p = 0; p < P; ++p) {
-        const int8_t* four = rows + (i * P + p) * ld;
+        const int8_t* four = rows + (i * P + p) * ld + s * 4;
         acc[i][p][0] = D::step(acc[i][p][0], low, four);
         acc[i][p][1] = D::step(acc[i][p][1], high, four);
       }
     }
+  };
+  // Four at a time: gcc copies accumulators from one turn of a loop to the next.
+  for (; steps >= 4; steps -= 4, codes += 4 * kStep, rows += 16) {
+    TW_UNROLL for (int s = 0; s < 4; ++s) step(s);
   }
+  for (int64_t s = 0; s < steps; ++s) step(s);
   TW_UNROLL for (int i = 0; i < N; ++i) {
     TW_UNROLL for (int h = 0; h < 2; ++h) {
       F sum = to_float(acc[i][0][h]);
@@ -192,6 +205,11 @@ struct QuantisedDecode {
     const int64_t first = t.begin;
     for (int64_t j = from / 32 * 32; j < coded; j += 32) {
       const int64_t ahead = 2 * kv.k_block_bytes();
+      if constexpr (bits == 8) {  // the next keys, and these tokens' share of the tile's values
+        const int64_t half = kv.v_blocks() * kv.v_block_bytes() / 2;
+        prefetch_heads(kv.k_block(slot, first + j + 32), kv.k_block_bytes());
+        prefetch_heads(kv.v_block(slot, first + j / 64 * 64, 0) + j / 32 % 2 * half, half);
+      }
       if constexpr (bits == 4) scale_queries(first + j);
       const float* scales = bits == 8 ? kv.token_scales(kv.k_scales, slot, first + j) : nullptr;
       for_block(query, t.rows, kv.k_block(slot, first + j), kv.k_steps(), ahead,

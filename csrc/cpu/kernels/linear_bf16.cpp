@@ -5,8 +5,8 @@
 // Integer codes, e4m3 and dense bf16 are exact in bf16; only the values of nf4 and fp4 are rounded to it. A
 // pair operand takes columns (0, 2) or (1, 3) of each 4, because one mask of the packed dwords yields those;
 // prepare_bf16 stores x in that order. Dense weights have no scales, so one accumulator takes all of k. As in
-// linear_int8, few rows decode codes in registers and many rows decode slabs of a block into a panel; dense
-// weights are a panel as they are.
+// linear_int8, a tile goes over all of k and decodes codes in registers, or, where that takes long and many
+// rows share it (panel_from), slabs of a block are decoded into a panel.
 // At level amx tiles of 16 or 32 rows take the products of many rows, but for groups of 16.
 #include "cpu/simd.h"
 //
@@ -19,7 +19,6 @@ namespace tilewright {
 namespace {
 
 constexpr int kRows = 6;                       // 12 dot and 12 float accumulators of 32 registers
-constexpr int kDenseRows = 12;                 // 24 accumulators
 constexpr int64_t kSlab = kPanelBytes / 2048;  // blocks of 32 k
 
 // The 4 columns of a step for 16 rows, as two vectors of bf16 pairs: columns (0, 2) and (1, 3).
@@ -168,15 +167,18 @@ void tile(const LinearArgs& a, const Scales& scales, const StepsOf& steps_of, Pr
   }
 }
 
-template <bool kDense, int kMost, int kSteps, class StepsOf>
-void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t block, int64_t begin,
-              int64_t end) {
+// Block `block`: all of k in one go.
+template <bool kDense, int kSteps, class StepsOf>
+void in_registers(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int64_t block, int64_t begin,
+                  int64_t end) {
   const int bytes = a.w.bits() * 128;  // of 32 k
-  in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
+  in_even_tiles<kRows>(begin, end, [&](int64_t m, auto rows) {
+    // The last tile fetches the next block meanwhile (bench/NOTES.md).
+    const bool fetch = m + rows.n == end && block + 1 < a.w.n_blocks();
+    const Prefetch prefetch{b.codes + a.w.block_bytes(), fetch ? bytes : 0};
     F acc[rows.n][2];
     for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
-    tile<kDense, rows.n, kSteps>(a, StoredScales{b}, steps_of, {b.codes + Prefetch::kDistance, bytes}, m, 0,
-                                 a.w.k_blocks(), acc);
+    tile<kDense, rows.n, kSteps>(a, StoredScales{b}, steps_of, prefetch, m, 0, a.w.k_blocks(), acc);
     for (int i = 0; i < rows.n; ++i) {
       store_outputs(a, block, 0, m + i, acc[i][0]);
       store_outputs(a, block, 16, m + i, acc[i][1]);
@@ -184,19 +186,18 @@ void few_rows(const LinearArgs& a, const Block& b, const StepsOf& steps_of, int6
   });
 }
 
-template <bool kDense, int kSteps>
+template <int kSteps>
 void all_rows(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel, Prefetch next,
               int64_t first, int64_t last, int64_t begin, int64_t end, float* totals) {
   const auto steps_of = [=](int64_t kb) { return PanelSteps(panel, kb - first); };
-  in_even_tiles<kDense ? kDenseRows : kRows>(0, end - begin, [&](int64_t m, auto rows) {
+  in_even_tiles<kRows>(0, end - begin, [&](int64_t m, auto rows) {
     float* at = totals + m * 32;
     F acc[rows.n][2];
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       acc[i][0] = load(at + i * 32);
       acc[i][1] = load(at + i * 32 + 16);
     }
-    tile<kDense, rows.n, kSteps>(a, scales, steps_of, m == 0 ? next : Prefetch{}, begin + m, first, last,
-                                 acc);
+    tile<false, rows.n, kSteps>(a, scales, steps_of, m == 0 ? next : Prefetch{}, begin + m, first, last, acc);
     TW_UNROLL for (int i = 0; i < rows.n; ++i) {
       store(at + i * 32, acc[i][0]);
       store(at + i * 32 + 16, acc[i][1]);
@@ -244,18 +245,6 @@ void all_rows_in_tiles(const LinearArgs& a, const PanelScales& scales, const uin
 }
 #endif
 
-// The rows of a panel, in the way of this level.
-template <bool kDense, int kSteps>
-TW_INLINE void multiply_panel(const LinearArgs& a, const PanelScales& scales, const uint8_t* panel,
-                              Prefetch next, int64_t first, int64_t last, int64_t begin, int64_t end,
-                              float* totals) {
-#if defined(TW_TILES)
-  if constexpr (kSteps == 8)
-    return all_rows_in_tiles<kDense>(a, scales, panel, next, first, last, begin, end, totals);
-#endif
-  all_rows<kDense, kSteps>(a, scales, panel, next, first, last, begin, end, totals);
-}
-
 template <Read r>
 void unpack(const uint8_t* codes, const Decoder<r>& decode, int64_t first, int64_t last, uint8_t* out) {
   for (int64_t kb = first; kb < last; ++kb, out += 2048) {
@@ -272,39 +261,57 @@ void unpack(const uint8_t* codes, const Decoder<r>& decode, int64_t first, int64
   }
 }
 
+// From how many rows on decoding a block once is worth its way through L1 (bench/NOTES.md).
 template <Read r, int kSteps>
-void run(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_end, uint8_t* panel) {
-  const Block b(a.w, block);
+constexpr int64_t panel_from() {
+#if defined(TW_TILES)
+  if (kSteps == 8) return kRows + 1;
+#endif
+  return r == Read::nibbles || r == Read::table || r == Read::bf16 ? INT64_MAX
+         : r == Read::bytes                                        ? 2 * kRows + 1
+                                                                   : kRows + 1;
+}
+
+template <Read r, int kSteps>
+void many_rows(const LinearArgs& a, const Block& b, int64_t block, int64_t m_begin, int64_t m_end,
+               uint8_t* panel) {
   const int64_t m_count = m_end - m_begin, k_blocks = a.w.k_blocks();
-  constexpr bool kDense = r == Read::bf16;
-  if constexpr (kDense) {
-    const auto steps_of = [&](int64_t kb) { return PanelSteps(b.codes, kb); };
-    if (m_count <= kDenseRows)
-      return few_rows<kDense, kDenseRows, kSteps>(a, b, steps_of, block, m_begin, m_end);
-  } else {
-    const Decoder<r> decode(a.w);
-    const auto steps_of = [&](int64_t kb) { return DecodedSteps<r>{StepReader<r>(b.codes, kb, 0), decode}; };
-    constexpr int kMost = r == Read::nibbles || r == Read::bytes ? kRows : 1;
-    if (m_count <= kMost) return few_rows<kDense, kMost, kSteps>(a, b, steps_of, block, m_begin, m_end);
-  }
   auto* totals = reinterpret_cast<float*>(panel + kPanelBytes + kPanelScaleBytes);
   for (int64_t i = 0; i < m_count * 32; i += W) store(totals + i, zero());
   for (int64_t first = 0; first < k_blocks; first += kSlab) {
     const int64_t last = first + kSlab < k_blocks ? first + kSlab : k_blocks;
     const PanelScales scales(b, a.w.offset, first, last, panel);
-    if constexpr (r == Read::bf16) {
-      multiply_panel<kDense, kSteps>(a, scales, b.codes + first * 2048,
-                                     {b.codes + first * 2048 + Prefetch::kDistance, 2048}, first, last,
-                                     m_begin, m_end, totals);
-    } else {
-      unpack<r>(b.codes, Decoder<r>(a.w), first, last, panel);
-      multiply_panel<kDense, kSteps>(a, scales, panel,
-                                     {b.codes + last * code_block_bytes(r), code_block_bytes(r)}, first, last,
-                                     m_begin, m_end, totals);
+    constexpr bool kDense = r == Read::bf16;  // a panel as it is
+    constexpr int kBytes = code_block_bytes(r);
+    const uint8_t* decoded = kDense ? b.codes + first * kBytes : panel;
+    if constexpr (!kDense) unpack<r>(b.codes, Decoder<r>(a.w), first, last, panel);
+    const Prefetch next{b.codes + last * kBytes, last < k_blocks ? kBytes : 0};
+#if defined(TW_TILES)
+    if constexpr (kSteps == 8) {
+      all_rows_in_tiles<kDense>(a, scales, decoded, next, first, last, m_begin, m_end, totals);
+      continue;
     }
+#endif
+    if constexpr (!kDense) all_rows<kSteps>(a, scales, decoded, next, first, last, m_begin, m_end, totals);
   }
   for (int64_t m = 0; m < m_count; ++m)
     for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
+}
+
+template <Read r, int kSteps>
+void run(const LinearArgs& a, int64_t block, int64_t begin, int64_t end, uint8_t* panel) {
+  const Block b(a.w, block);
+  constexpr int64_t kPanelFrom = panel_from<r, kSteps>();
+  if constexpr (kPanelFrom != INT64_MAX)
+    if (end - begin >= kPanelFrom) return many_rows<r, kSteps>(a, b, block, begin, end, panel);
+  if constexpr (r == Read::bf16) {
+    const auto steps_of = [&](int64_t kb) { return PanelSteps(b.codes, kb); };
+    in_registers<true, kSteps>(a, b, steps_of, block, begin, end);
+  } else {
+    const Decoder<r> decode(a.w);
+    const auto steps_of = [&](int64_t kb) { return DecodedSteps<r>{StepReader<r>(b.codes, kb, 0), decode}; };
+    in_registers<false, kSteps>(a, b, steps_of, block, begin, end);
+  }
 }
 
 }  // namespace

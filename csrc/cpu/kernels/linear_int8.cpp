@@ -6,11 +6,12 @@
 // kLongRun. That formula and order hold for every M and every thread count, so an output's bits depend on its
 // row of x and its row of w alone.
 //
-// M = 1 reads the codes once and is bound by memory: they are decoded in registers. From kUnpackFrom rows on,
-// kSlab * 32 columns of a block are decoded once to bytes (16 KiB, in L1) and an MR x 32 register tile passes
-// over them: per 32 k, 16 * MR dot instructions and about 6 * MR for the scales. Accumulators wait in memory
-// between two slabs. At level amx tiles of 16 or 32 rows take the integer products of those many rows, with
-// the same bits, but for runs of 16, which would leave three quarters of a tile empty.
+// A tile of MR rows x 32 outputs goes over all of k and decodes codes and scales in registers on its way: per
+// 32 k 16 * MR dot instructions and about 6 * MR for the scales. Where decoding takes longer and many rows
+// share it (panel_from), kSlab * 32 columns of a block are decoded once to bytes (16 KiB, in L1) and tiles
+// pass over them; their sums wait in memory between two slabs. At level amx tiles of 16 or 32 rows take the
+// integer products of those many rows, with the same bits, but for runs of 16, which would leave three
+// quarters of a tile empty.
 #include "cpu/simd.h"
 //
 #include "cpu/kernels/packed.h"
@@ -28,7 +29,6 @@ constexpr int kRows = 2;  // 4 and 4 of 16
 #else
 constexpr int kRows = 1;
 #endif
-constexpr int64_t kUnpackFrom = kRows + 1;
 constexpr int64_t kSlab = kPanelBytes / 1024;  // blocks of 32 k
 constexpr int kSideBySide = 2;  // blocks that one row of x reads at a time: two streams are faster than one
 
@@ -171,18 +171,23 @@ void tile(const LinearArgs& a, const Slab<Scales> (&slabs)[B], Bytes16 table, in
   }
 }
 
-// Few rows and B blocks from `block` on: all of k in one go, codes decoded in registers.
+// B blocks from `block` on: all of k in one go, codes decoded in registers.
 template <Read r, int kMost, Run length, int B>
-void few_rows(const LinearArgs& a, int64_t block, int64_t begin, int64_t end) {
+void in_registers(const LinearArgs& a, int64_t block, int64_t begin, int64_t end) {
   const ByteTable values(a.w);
   const Bytes16 table = load_bytes16(values.bytes);
-  const bool heads = a.w.offset == Offset::none && a.w.scale != Scale::two_level;
   Slab<StoredScales> slabs[B];
   for (int i = 0; i < B; ++i) {
     const Block b(a.w, block + i);
-    slabs[i] = {b.codes, 0, a.w.k_blocks(), {b}, {b.codes + Prefetch::kDistance, code_block_bytes(r), heads}};
+    slabs[i] = {b.codes, 0, a.w.k_blocks(), {b}, {}};
   }
-  in_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
+  in_even_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
+    // The last tile fetches the next blocks meanwhile (bench/NOTES.md); one row is too quick for all of them.
+    for (int i = 0; i < B; ++i) {
+      slabs[i].prefetch = {};
+      if (m + rows.n == end && block + B + i < a.w.n_blocks())
+        slabs[i].prefetch = {slabs[i].codes + B * a.w.block_bytes(), code_block_bytes(r), B > 1};
+    }
     for (int pair = 0; pair < kPairs; ++pair) {
       F acc[B][rows.n][2];
       for (int b = 0; b < B; ++b)
@@ -331,25 +336,35 @@ void many_rows(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_en
     for (int i = 0; i < 32; i += W) store_outputs(a, block, i, m_begin + m, load(totals + m * 32 + i));
 }
 
+// From how many rows on codes and scales that are decoded once are worth their way through L1
+// (bench/NOTES.md).
+template <Read r, Run length>
+int64_t panel_from(const PackedWeight& w) {
+  [[maybe_unused]] constexpr int64_t kNever = INT64_MAX;
+#if defined(TW_TILES)
+  if (length != Run::half) return kRows + 1;
+#endif
+#if defined(__AVX512F__)
+  return w.scale == Scale::two_level ? 25 : kNever;
+#elif defined(__AVX2__)
+  return r == Read::nibbles && w.scale != Scale::two_level ? kNever : 7;
+#else
+  return 2;
+#endif
+}
+
 template <Read r, Run length>
 void run(const LinearArgs& a, int64_t begin, int64_t end, int64_t m_begin, int64_t m_end, uint8_t* panel) {
-  const int64_t m_count = m_end - m_begin;
+  const int64_t m_count = m_end - m_begin, from = panel_from<r, length>(a.w);
   for (int64_t block = begin; block < end;) {
     if (m_count == 1 && block + kSideBySide <= end) {
-      few_rows<r, 1, length, kSideBySide>(a, block, m_begin, m_end);
+      in_registers<r, 1, length, kSideBySide>(a, block, m_begin, m_end);
       block += kSideBySide;
-      continue;
+    } else if (m_count < from) {
+      in_registers<r, kRows, length, 1>(a, block++, m_begin, m_end);
+    } else {
+      many_rows<r, length>(a, block++, m_begin, m_end, panel);
     }
-    if (m_count == 1) {
-      few_rows<r, 1, length, 1>(a, block++, m_begin, m_end);
-      continue;
-    }
-    if constexpr (r == Read::nibbles && length == Run::one)  // the common case is worth tiles of its own
-      if (m_count < kUnpackFrom) {
-        few_rows<r, kRows, length, 1>(a, block++, m_begin, m_end);
-        continue;
-      }
-    many_rows<r, length>(a, block++, m_begin, m_end, panel);
   }
 }
 
@@ -395,23 +410,32 @@ void quantise(const QuantiseArgs& a, int64_t begin, int64_t end) {
       const float top = amax_of(kb, v);
       const float scale = a.per_token ? token_scale : top / 127.0f;
       int8_t* c = codes + kb * 32;
+      F sums[32 / W];         // of codes, which are integers: exact
       if (!(scale > 0.0f)) {  // all zero, or NaN: the scale alone says which
         std::memset(c, 0, 32);
+        TW_UNROLL for (int i = 0; i < 32 / W; ++i) sums[i] = zero();
       } else {
         const F s = set1(scale);
         // The clamp acts only where scale is subnormal and |x| / scale rounds past 127.
-        TW_UNROLL for (int i = 0; i < 32 / W; ++i)
-            store_s8(c + i * W, max_propagate(min_propagate(div(v[i], s), set1(127.0f)), set1(-127.0f)));
+        TW_UNROLL for (int i = 0; i < 32 / W; ++i) {
+          sums[i] = round_even(max_propagate(min_propagate(div(v[i], s), set1(127.0f)), set1(-127.0f)));
+          store_s8(c + i * W, sums[i]);
+        }
       }
       a.scales[r * a.row_blocks + kb] = scale;
-      for (int i = 0; i < 32; ++i) sum += c[i] * (a.run != 16 || i < 16);
+      // Of 16 columns each.
+      F low = sums[0], high = sums[16 / W];
+      TW_UNROLL for (int i = 1; i < 16 / W; ++i) {
+        low = add(low, sums[i]);
+        high = add(high, sums[16 / W + i]);
+      }
       if (a.run == 16) {
-        correct(kb * 2, sum, scale);
-        sum = 0;
-        for (int i = 16; i < 32; ++i) sum += c[i];
-        correct(kb * 2 + 1, sum, scale);
-        sum = 0;
-      } else if ((kb + 1) % (a.run / 32) == 0 || kb + 1 == a.k_blocks) {
+        correct(kb * 2, int32_t(reduce_add(low)), scale);
+        correct(kb * 2 + 1, int32_t(reduce_add(high)), scale);
+        continue;
+      }
+      sum += int32_t(reduce_add(add(low, high)));
+      if ((kb + 1) % (a.run / 32) == 0 || kb + 1 == a.k_blocks) {
         correct(kb / (a.run / 32), sum, scale);
         sum = 0;
       }

@@ -202,7 +202,7 @@ struct StepReader {
       low = iload(at + step * 128);
       high = iload(at + step * 128 + 64);
     } else {
-      const I raw = iload(at + step * 64);
+      const I raw = in_register(iload(at + step * 64));
       low = low_nibbles(raw);
       high = high_nibbles(raw);
       if constexpr (r == Read::five) {
@@ -226,8 +226,6 @@ struct StepReader {
 
 // Codes that a pass over a block with few rows will want soon: `bytes` more with each call.
 struct Prefetch {
-  // Ahead of what is read (bench/NOTES.md).
-  static constexpr int64_t kDistance = 4096;
   const uint8_t* at = nullptr;
   int bytes = 0;
   // Where two streams are read the processor itself follows them, once it has seen the head of a page; beside
