@@ -59,7 +59,7 @@ def load(seconds: float = 0.3) -> Load:
         _C.ceiling("fp32", None, iterations)
         rates = []
         wall, busy = time.perf_counter(), time.process_time()
-        while time.perf_counter() - wall < seconds:
+        while not rates or time.perf_counter() - wall < seconds:
             rates.append(_C.ceiling("fp32", None, iterations))
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
     stolen = max(0.0, 1 - busy / (wall * cores))

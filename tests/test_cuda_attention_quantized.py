@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import seeded
-from cuda_attention import BF16, FP16, check_quantized
+from cuda_attention import BF16, FP16, check_quantized, each_length
 from ptx.compilers import needs_nvcc
 from test_quantized_attention import Case
 from test_quantized_kv import BITS, filled, random_kv
@@ -29,3 +29,9 @@ def test_error_rule(case: Case, dtype: torch.dtype) -> None:
     q = torch.randn(c.batch, c.kv_heads * c.group, c.seq_q, c.head_dim, generator=g).to(dtype)
     kv = filled(k, v, c.bits, spare=3, group_size=c.group_size, residual=c.residual)
     check_quantized(q, kv, causal="bottom_right")
+
+
+@each_length
+def test_lengths(residue: int, dim: int, group: int, dtype: torch.dtype) -> None:
+    for bits in BITS:
+        test_error_rule(Case(f"{bits}bits_{residue}_{dim}_{group}", bits, 1, 130 + residue, dim, group), dtype)
