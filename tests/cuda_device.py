@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,15 +188,12 @@ def _own_line(source: str) -> str:
     return source
 
 
-def unexecuted(
-    launches: Sequence[Launch], *sources: str, explained: Mapping[str, str] | None = None, merged: bool = False
-) -> list[str]:
+def unexecuted(launches: Sequence[Launch], *sources: str, merged: bool = False) -> list[str]:
     """Of csrc/cuda/<source>.cu: kernels that were not launched, and instructions that no warp executed. Branches are
     none: what they would jump over or to is looked at.
 
-    ``explained``: by how a line of the source begins, why its instructions need not be executed. ``merged``: it is
-    enough that a line's instructions are executed in one of the kernels, each kind of access, barrier, shuffle and
-    matrix product for itself: for templates with more features than each of their kernels is given.
+    ``merged``: it is enough that a line's instructions are executed in one of the kernels, each kind of access,
+    barrier, shuffle and matrix product for itself: for templates with more features than each kernel is given.
     """
     found = reports(launches)
     wanted = [
@@ -214,11 +211,7 @@ def unexecuted(
                 kind = operation if re.match(_OF_ITS_OWN, operation) else ""
                 key = (_own_line(i.source), kind) if merged else (_own_line(i.source), name, str(i))
                 times[key] = times.get(key, 0) + n
-    beginnings = tuple(explained or ())
-    for (line, *which), n in times.items():
-        if n == 0 and not (beginnings and line.partition(": ")[2].startswith(beginnings)):
-            left.append(f"{line} [{' '.join(which)}]")
-    return left
+    return left + [f"{line} [{' '.join(which)}]" for (line, *which), n in times.items() if n == 0]
 
 
 def surviving_mutants(run: Callable[[], object]) -> dict[str, list[Instruction]]:

@@ -34,6 +34,7 @@ SHAPES = [
     (Case("prefill_misaligned", 20, 140, 64, heads=1, kv_heads=1, layout="offset"), BF16),
     (Case("prefill_same_heads", 20, 140, 64, heads=2, kv_heads=2, layout="same_heads"), BF16),
     (Case("prefill_split", 20, 700, 64, heads=3, kv_heads=1, causal=BOTTOM), BF16),
+    (Case("prefill_split_odd", 20, 700, 120, 97, heads=3, kv_heads=1, causal=BOTTOM), FP16),
 ]
 DECODE = [
     (Case("decode_d64_g1", 1, 300, 64, heads=2, kv_heads=2, causal=BOTTOM), FP16),

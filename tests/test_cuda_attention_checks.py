@@ -93,6 +93,9 @@ def everything() -> None:
         forward.test_what_does_not_exist_gives_nan(seq_q)
     for case, dtype in quantized.CASES:
         quantized.test_error_rule(case, dtype)
+    for feature in quantized.FEATURES:
+        quantized.test_features(8, FP16, feature)
+        quantized.test_features(4, BF16, feature)
     for name in backward.GRADIENTS:
         backward.test_error_rule(name)
     for group in (1, 3):
@@ -102,15 +105,13 @@ def everything() -> None:
 SOURCES = tuple(f"attention{part}" for part in (
     "", "_backward", "_decode", "_forward", "_grad_bias", "_grad_keys", "_grad_queries"
 ))  # fmt: skip
-# How a line begins, and why instructions of it need not be executed.
-EXPLAINED: dict[str, str] = {}
 
 
 def test_every_kernel_runs_everywhere() -> None:
     cuda = cuda_device.module()
     with cuda.watched() as launches:
         everything()
-    left = cuda_device.unexecuted(launches, *SOURCES, explained=EXPLAINED, merged=True)
+    left = cuda_device.unexecuted(launches, *SOURCES, merged=True)
     assert left == [], "\n".join(left)
 
 

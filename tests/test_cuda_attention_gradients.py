@@ -46,6 +46,10 @@ GRADIENTS = {
         Options(0.2, 0.0, 2),
     ),
     "dropout": (lambda: grad_case(FP16, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "bias_dropout": (
+        lambda: grad_case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50), seed=whole(5)),
+        Options(0.2, 0.0, 2, -1, -1, 0.3),
+    ),
     "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
