@@ -39,6 +39,7 @@ add_library(cuda_kernels OBJECT
   csrc/cuda/attention_grad_bias.cu
   csrc/cuda/attention_grad_keys.cu
   csrc/cuda/attention_grad_queries.cu
+  csrc/cuda/attention_wgmma.cu
   csrc/cuda/gather.cu
   csrc/cuda/kv_quant.cu
   csrc/cuda/linear_gemm.cu
@@ -53,12 +54,13 @@ add_library(cuda_kernels OBJECT
 set_target_properties(cuda_kernels PROPERTIES COMPILE_OPTIONS "" CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(cuda_kernels PRIVATE csrc)
 if(90a IN_LIST built_for)
-  set_source_files_properties(csrc/cuda/linear_wgmma.cu PROPERTIES COMPILE_DEFINITIONS TILEWRIGHT_CUDA_WGMMA)
+  set_source_files_properties(csrc/cuda/attention_wgmma.cu csrc/cuda/linear_wgmma.cu PROPERTIES COMPILE_DEFINITIONS TILEWRIGHT_CUDA_WGMMA)
 endif()
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/bindings_attention.cpp csrc/cuda/calls.cpp csrc/cuda/calls_attention.cpp csrc/cuda/calls_cache.cpp csrc/cuda/calls_linear.cpp csrc/torch_tensor.cpp
   $<TARGET_OBJECTS:cuda_kernels>)
 target_include_directories(_cuda PRIVATE csrc ${CUDAToolkit_INCLUDE_DIRS})
-target_compile_definitions(_cuda PRIVATE "TILEWRIGHT_CUDA_BUILT_FOR=\"${built_for}\"")
+string(REPLACE ";" "\\;" built_for_text "${built_for}")  # one definition, not a list of them
+target_compile_definitions(_cuda PRIVATE "TILEWRIGHT_CUDA_BUILT_FOR=\"${built_for_text}\"")
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static Threads::Threads -static-libstdc++ -static-libgcc)
 install(TARGETS _cuda DESTINATION tilewright)

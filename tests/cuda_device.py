@@ -23,22 +23,13 @@ from pathlib import Path
 import pybind11
 import torch
 from ptx import Instruction, PtxFault, Report
-from ptx.compilers import NVCC_FLAGS
+from ptx.compilers import NVCC_FLAGS, cuda_include
 from ptx.library import BUILD, load
 from ptx.runtime import HostLibrary, Launch
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SWEEP = os.environ.get("TILEWRIGHT_CUDA_SWEEP", "") == "1"
 PTX_ONLY = ("-gencode=arch=compute_80,code=compute_80", "--compress-mode=none", "-Xcompiler=-fPIC", "-I", str(CSRC))
-
-
-def _cuda_include() -> Path:
-    """Headers of the toolkit that nvcc belongs to."""
-    done = subprocess.run(["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True)
-    for line in done.stderr.splitlines():
-        if line.startswith("#$ INCLUDES="):
-            return Path(line.split("-I", 1)[1].split('"')[0].strip())
-    raise RuntimeError(f"nvcc names no include folder:\n{done.stderr}")
 
 
 @functools.cache
@@ -56,7 +47,7 @@ def _compiled(source: Path) -> Path:
     if source.suffix == ".cu":
         command = ["nvcc", *NVCC_FLAGS, *PTX_ONLY]
     else:
-        include = ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-I", str(_cuda_include())]
+        include = ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-I", str(cuda_include())]
         built_for = ['-DTILEWRIGHT_CUDA_BUILT_FOR="80"']
         command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-I", str(CSRC), *include, *built_for]
         if shutil.which("ccache"):

@@ -1,5 +1,6 @@
 // Which kernel runs an attention call, and the merge of keys that were split.
 #include "attention_rows.cuh"
+#include "attention_wgmma.h"
 
 namespace tw::cuda {
 namespace {
@@ -67,7 +68,9 @@ cudaError_t attention_forward(const AttentionArgs& args, void* workspace, int mu
   const AttentionLaunch a = prepared(args, workspace, multiprocessors);
   const bool few =
       a.seq_q * a.group <= kFewRows && !a.q_start && a.aligned && a.head_dim % 8 == 0 && a.v_dim % 8 == 0;
-  return few || a.kv.k_codes ? attention_decode(a, stream) : attention_prefill(a, stream);
+  if (few || a.kv.k_codes) return attention_decode(a, stream);
+  if (const cudaError_t e = attention_wgmma(a, stream); e != cudaErrorNotSupported) return e;
+  return attention_prefill(a, stream);
 }
 
 }  // namespace tw::cuda

@@ -122,28 +122,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float highest = top[m][half];
-#pragma unroll
-        for (int i = 0; i < kKeys / 8; ++i)
-          highest = max_nan(highest, max_nan(p[m][i][2 * half], p[m][i][2 * half + 1]));
-        highest = max_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-        highest = max_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-        const float safe = highest == -kInfinity ? 0.0f : highest;
-        const float shrink = exp2_fast((top[m][half] - safe) * unit);
-        top[m][half] = highest;
-        float total = 0;
-#pragma unroll
-        for (int i = 0; i < kKeys / 8; ++i)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            p[m][i][e] = Tile::kGeneral ? exp2_fast((p[m][i][e] - safe) * unit)
-                                        : exp2_fast(fmaf(p[m][i][e], unit, -safe * unit));
-            total += p[m][i][e];
-            if constexpr (Tile::kGeneral)
-              if (a.keep < 1.0f && !is_kept(score[m][half], limit, from + i * 8 + 2 * t + e % 2))
-                p[m][i][e] = 0.0f;
-          }
-        sum[m][half] = sum[m][half] * shrink + total;
+        const auto drop = [&](float& weight, int i, int e) {
+          if constexpr (Tile::kGeneral)
+            if (a.keep < 1.0f && !is_kept(score[m][half], limit, from + i * 8 + 2 * t + e % 2)) weight = 0.0f;
+        };
+        const float shrink = soften<Tile::kGeneral>(p[m], half, unit, top[m][half], sum[m][half], drop);
         if (__any_sync(0xffffffff, shrink != 1.0f)) {  // after the first tiles, rarely
 #pragma unroll
           for (int i = 0; i < kDim / 8; ++i) out[m][i][2 * half] *= shrink, out[m][i][2 * half + 1] *= shrink;

@@ -94,7 +94,7 @@ struct Range {
   int first, end;
 };
 // Keys that a query sees by causality, window and length.
-__device__ inline Range visible_keys(const AttentionLaunch& a, const Sequence& s, int query) {
+__host__ __device__ inline Range visible_keys(const AttentionLaunch& a, const Sequence& s, int query) {
   const int diagonal = query + s.shift;
   Range r = {0, s.keys};
   if (a.left >= 0) r.first = max(diagonal - a.left, 0);

@@ -176,6 +176,34 @@ __device__ inline void multiply(float (&c)[kM][kDim / 8][4], const float (&p)[kM
   }
 }
 
+// A row takes in a tile's scores, c[.][2 * half] and c[.][2 * half + 1] of its four lanes, -inf: not
+// attended: they become weights, which `drop` is shown once they are summed. Returns what everything
+// accumulated before is to be multiplied with. unit: what one unit of a score is worth, in log2 units.
+template <bool kNatural, int kTiles, class Drop>
+__device__ inline float soften(float (&c)[kTiles][4], int half, float unit, float& top, float& sum,
+                               Drop&& drop) {
+  float highest = top;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) highest = max_nan(highest, max_nan(c[i][2 * half], c[i][2 * half + 1]));
+  highest = max_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
+  highest = max_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
+  const float safe = highest == -kInfinity ? 0.0f : highest;
+  const float shrink = exp2_fast((top - safe) * unit);
+  top = highest;
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; ++e) {
+      float& x = c[i][e];
+      x = kNatural ? exp2_fast((x - safe) * unit) : exp2_fast(fmaf(x, unit, -safe * unit));
+      total += x;
+      drop(x, i, e);
+    }
+  sum = sum * shrink + total;
+  return shrink;
+}
+
 // Bits as `multiply` wants them: whether some of the warp's rows attends a column. c: scores, -inf: not
 // attended.
 template <int kM, int kTiles>

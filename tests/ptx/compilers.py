@@ -28,6 +28,17 @@ def have_triton() -> bool:
 
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="NO NVCC: CUDA kernels are not compiled and not run")
+
+
+def cuda_include() -> Path:
+    """Headers of the toolkit that nvcc belongs to."""
+    done = subprocess.run(["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    for line in done.stderr.splitlines():
+        if line.startswith("#$ INCLUDES="):
+            return Path(line.split("-I", 1)[1].split('"')[0].strip())
+    raise RuntimeError(f"nvcc names no include folder:\n{done.stderr}")
+
+
 needs_triton = pytest.mark.skipif(not have_triton(), reason="NO TRITON: Triton kernels are not compiled and not run")
 
 
