@@ -1,12 +1,14 @@
 """Benchmarks: `tilewright bench`, or `python -m bench.bench_<op>` in a checkout. See NOTES.md.
 
-The kernels' benches are modules with a table SHAPES and a function `case(shape, peers) -> harness.Case`.
+The kernels' benches are modules with a table SHAPES, a table GPU_SHAPES of what `--device cuda` runs, and a function
+`case(shape, peers, device) -> harness.Case`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,NAME]",
         help=f"compare with these, where installed: {', '.join(PEERS)} (default: all; 'none' for none)",
     )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N: the kernels that tensors there get (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with tables and bars there")
     parser.add_argument("--threads", type=_count, metavar="N", help="default: what Tilewright would use")
@@ -59,6 +68,12 @@ def _peers(text: str) -> tuple[str, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known: {', '.join(PEERS)}, none")
     return names
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _count(text: str) -> int:

@@ -17,7 +17,7 @@ from tilewright import QuantizedKV
 from tilewright.ops.attention import attention_reference
 
 from . import main
-from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
+from .harness import COLD_BYTES, CPU, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 BF16, F32 = torch.bfloat16, torch.float32
 _CHECKED_ROWS = 32  # queries at either end, of the first and the last head, that are compared with the reference
@@ -64,9 +64,10 @@ SHAPES = (
     Shape("window 512 1x16(4)x4096x64 bf16", 1, 16, 4, 4096, 4096, 64, causal=True, window=512),
     Shape("window 512 1x16(4)x16384x64 bf16", 1, 16, 4, 16384, 16384, 64, causal=True, window=512),
 )
+GPU_SHAPES = tuple(shape for shape in SHAPES if shape.dtype != F32)
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
     """Inputs, candidates and check for one shape."""
     torch.manual_seed(0)
 
@@ -84,23 +85,23 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
     def ours(q: Tensor, k: Tensor | QuantizedKV, v: Tensor | None, mask: Tensor | None) -> Tensor:
         return tilewright.attention(q, k, v, mask=mask, **options)
 
-    operands: tuple[Any, ...] = (q, k, v, mask)
-    cache_bytes = None
+    cache = None
     if shape.bits is not None:
         cache = QuantizedKV.empty(shape.batch, shape.kv_heads, shape.seq_k, shape.head_dim, shape.bits)
         tilewright.kv_append(cache, k, v)
         k, v = (x.to(shape.dtype) for x in cache.dequantize())
-        operands, cache_bytes = (q, cache, None, mask), cache.nbytes
+    check = _Check(shape, q, k, v, mask, options)  # on the CPU
+    q, k, v, mask = (x if x is None else x.to(device) for x in (q, k, v, mask))
+    operands: tuple[Any, ...] = (q, k, v, mask) if cache is None else (q, cache.to(device), None, mask)
     candidates = [(OURS, OURS, ours, operands)]
     if "torch" in peers:
         candidates += _torch(shape, q, k, v, mask)
-    work = _work(shape, cache_bytes)
+    work = _work(shape, None if cache is None else cache.nbytes)
     if shape.backward:
         grad = torch.randn_like(q)
         made = [Candidate(n, lib, *_backward(run, operands, grad), work) for n, lib, run, operands in candidates]
         return Case("attention", shape.name, made, cold_bytes=0)
     made = [Candidate(name, library, run, operands, work) for name, library, run, operands in candidates]
-    check = _Check(shape, q, k, v, mask, options)
     tolerance = 1e-4 if shape.dtype == F32 else 0.02
     return Case("attention", shape.name, made, check, tolerance, shape.cold_bytes)
 
@@ -110,7 +111,7 @@ def _torch(shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
     if shape.window >= 0:
         if shape.seq_q * shape.seq_k > _LARGEST_TORCH_MASK:
             return []
-        distance = torch.arange(shape.seq_q).view(-1, 1) - torch.arange(shape.seq_k)
+        distance = (torch.arange(shape.seq_q).view(-1, 1) - torch.arange(shape.seq_k)).to(q.device)
         mask, causal = (distance >= 0) & (distance <= shape.window), False
     group = shape.heads // shape.kv_heads
 

@@ -18,7 +18,7 @@ from tilewright import _C
 from tilewright.quant import quantize_weight
 
 from . import main
-from .harness import OURS, Candidate, Case, Work, under_pytest
+from .harness import CPU, OURS, Candidate, Case, Work, under_pytest
 
 _N = 32
 
@@ -63,10 +63,11 @@ SHAPES = (
     Shape("attention", _attention),
     Shape("scaled_dot_product_attention", _sdpa),
 )
+GPU_SHAPES = ()
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
-    """Our call, an empty one, and torch.add with and without `out`."""
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
+    """Our call, an empty one, and torch.add with and without `out`; on the CPU."""
     run, operands = shape.make()
     candidates = [
         Candidate(OURS, OURS, run, operands, Work()),

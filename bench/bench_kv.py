@@ -13,7 +13,7 @@ from torch import Tensor
 from tilewright.ops import kv_append
 
 from . import main
-from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
+from .harness import COLD_BYTES, CPU, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ SHAPES = (
     Shape("decode 8x8x1x128 into 2048", 8, 8, 1, 128, 2048),  # Llama 3 8B
     Shape("prefill 1x8x1024x128 into 4096", 1, 8, 1024, 128, 4096),
 )
+GPU_SHAPES = SHAPES
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
     """Inputs, candidates and check for one shape."""
     torch.manual_seed(0)
     cache = [
@@ -60,7 +61,7 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
         return result
 
     work = Work(2 * (k.nbytes + k.nbytes // 2))
-    operands = (*cache, k, v, positions)
+    operands = tuple(t.to(device) for t in (*cache, k, v, positions))
     candidates = [Candidate(OURS, OURS, kv_append, operands, work)]
     if "torch" in peers:
         candidates.append(Candidate("torch", "torch", assigned, operands, work))

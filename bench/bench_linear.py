@@ -19,7 +19,7 @@ from tilewright.quant.weight import pack_bf16
 
 from . import main
 from .ggml import MulMat
-from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
+from .harness import COLD_BYTES, CPU, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 BF16 = torch.bfloat16
 _CHECKED_ROWS = 4
@@ -64,13 +64,15 @@ SHAPES = (
     Shape("Q4_1 M=512 3072x576", 512, 3072, 576, gguf="Q4_1", cold_bytes=SMALL_COLD_BYTES),
     Shape("Q8_0 M=1 49152x576", 1, 49152, 576, gguf="Q8_0"),
 )
+GPU_SHAPES = tuple(shape for shape in SHAPES if shape.bits != 16)  # a GPU's dense products are torch's
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
-    """Inputs, candidates and check for one shape."""
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
+    """Inputs, candidates and check for one shape. x is float32, on a GPU bfloat16."""
     torch.manual_seed(0)
     weight, scales, raw = _weight(shape)
-    x = torch.randn(shape.m, shape.k)
+    on_gpu = device.type != "cpu"
+    x = torch.randn(shape.m, shape.k).to(BF16 if on_gpu else torch.float32)
     dense = weight.dequantize()
     operations = 2 * shape.m * shape.n * shape.k
 
@@ -80,9 +82,10 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
     def work(weight_bytes: int, unit: str, itemsize: int) -> Work:
         return Work(weight_bytes + shape.m * (shape.n + shape.k) * itemsize, operations, unit)
 
-    candidates = [Candidate(OURS, OURS, ours, (x, weight), work(weight.nbytes, _UNITS[shape.activation], 4))]
+    our_work = work(weight.nbytes, _UNITS[shape.activation], x.element_size())
+    candidates = [Candidate(OURS, OURS, ours, (x.to(device), weight.to(device)), our_work)]
     if "torch" in peers:
-        for name, run, operands, weight_bytes in _torch(shape, x.to(BF16), dense, scales):
+        for name, run, operands, weight_bytes in _torch(shape, x.to(device, BF16), dense, scales):
             candidates.append(Candidate(name, "torch", run, operands, work(weight_bytes, "bf16", 2)))
     if "llama_cpp" in peers and raw is not None and importlib.util.find_spec("llama_cpp"):
         product = MulMat(x, raw, shape.gguf)
@@ -124,11 +127,11 @@ def _weight(shape: Shape) -> tuple[QuantizedWeight, Tensor, Tensor | None]:
 
 
 def _torch(shape: Shape, x: Tensor, dense: Tensor, scales: Tensor) -> list[tuple[str, Any, tuple[Any, ...], int]]:
-    """(name, run, operands, bytes of the weight). The packed kernels get the grid of `dense` where they have it."""
+    """(name, run, operands, bytes of the weight). The packed kernels, for a CPU, get the grid of `dense`."""
     n, k, aten = shape.n, shape.k, torch.ops.aten
-    bf16 = dense.to(BF16)
+    bf16 = dense.to(x.device, BF16)
     found: list[tuple[str, Any, tuple[Any, ...], int]] = [("torch bf16 linear", F.linear, (x, bf16), bf16.nbytes)]
-    if shape.bits == 16:
+    if shape.bits == 16 or not x.is_cpu:
         return found
     codes = (dense.view(n, scales.shape[1], -1) / scales.unsqueeze(-1)).round().view(n, k)
     if shape.bits == 4 and shape.gguf in ("", "Q4_0"):

@@ -15,7 +15,7 @@ import tilewright
 from tilewright.ops.norm import norm_reference
 
 from . import main
-from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
+from .harness import COLD_BYTES, CPU, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 1e-5
@@ -43,9 +43,10 @@ SHAPES = (
     Shape("rms 2048x4096 bf16", 2048, 4096, BF16, residual=False, cold_bytes=COLD_BYTES),
     Shape("layer 4096x768 fp32", 4096, 768, residual=False, centred=True, cold_bytes=COLD_BYTES),  # BERT base
 )
+GPU_SHAPES = SHAPES
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
     """Inputs, candidates and check for one shape."""
     torch.manual_seed(0)
     x = torch.randn(shape.rows, shape.n).to(shape.dtype)
@@ -69,7 +70,7 @@ def case(shape: Shape, peers: Sequence[str]) -> Case:
     # x and residual in, normalised and sum out; about five operations an element.
     passes = 4 if shape.residual else 2
     work = Work(passes * x.nbytes + weight.nbytes, 5 * x.numel(), "fp32")
-    operands = (x, residual, weight, bias)
+    operands = tuple(t if t is None else t.to(device) for t in (x, residual, weight, bias))
     candidates = [Candidate(OURS, OURS, ours, operands, work)]
     if "torch" in peers:
         candidates.append(Candidate("torch", "torch", torch_norm, operands, work))

@@ -14,7 +14,7 @@ from tilewright.ops import rope, rope_tables
 from tilewright.ops.rope import rope_reference
 
 from . import main
-from .harness import COLD_BYTES, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
+from .harness import COLD_BYTES, CPU, OURS, SMALL_COLD_BYTES, Candidate, Case, Work, relative_error, under_pytest
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -39,19 +39,21 @@ SHAPES = (
     Shape("1x32(8)x1024x128 fp32", 32, 8, 1024, 128),
     Shape("1x32(8)x1024x128 bf16", 32, 8, 1024, 128, BF16),
 )
+GPU_SHAPES = SHAPES
 
 
-def case(shape: Shape, peers: Sequence[str]) -> Case:
+def case(shape: Shape, peers: Sequence[str], device: torch.device = CPU) -> Case:
     """Inputs, candidates and check for one shape."""
     torch.manual_seed(0)
     q = torch.randn(1, shape.heads, shape.seq, shape.head_dim).to(shape.dtype)
     k = torch.randn(1, shape.kv_heads, shape.seq, shape.head_dim).to(shape.dtype)
     cos, sin = rope_tables(10000.0, shape.head_dim, shape.seq)
     work = Work(2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes, 3 * (q.numel() + k.numel()), "fp32")
-    candidates = [Candidate(OURS, OURS, rope, (q, k, cos, sin), work)]
+    operands = tuple(t.to(device) for t in (q, k, cos, sin))
+    candidates = [Candidate(OURS, OURS, rope, operands, work)]
     if "torch" in peers:
-        wide = [torch.cat((table, table), -1).to(shape.dtype) for table in (cos, sin)]
-        candidates.append(Candidate("torch", "torch", _torch_rope, (q, k, *wide), work))
+        wide = [torch.cat((table, table), -1).to(shape.dtype) for table in operands[2:]]
+        candidates.append(Candidate("torch", "torch", _torch_rope, (*operands[:2], *wide), work))
     expected, _ = rope_reference(q, k, cos, sin)
     return Case(
         "rope",

@@ -1,18 +1,21 @@
-"""What this machine can do at most: bytes read and operations a second, by thread count.
+"""What this machine can do at most: bytes moved and operations a second, by thread count or of a GPU.
 
-Measured, not looked up: the best of ten runs of csrc/cpu/kernels/ceilings.cpp at the ISA level in use.
-`python -m bench.ceilings` prints them for 1, 2, ... n threads.
+Measured, not looked up: the best of ten runs of csrc/cpu/kernels/ceilings.cpp at the ISA level in use; on a GPU of
+torch's copy and of its vendor's matrix products. `python -m bench.ceilings` prints them for 1, 2, ... n threads.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from tilewright import _C
 
+from .harness import EventTimer
 from .machine import threads
 
 UNITS = ("fp32", "bf16", "int8")
@@ -42,6 +45,75 @@ def _read(n_threads: int, size: int) -> float:
         data = torch.full((size,), 1, dtype=torch.uint8)
         passes = max(1, MEMORY // 2 // size)
         return max(_C.ceiling("read", data, passes) for _ in range(_BEST_OF))
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The ceilings that CPU kernels are held against."""
+
+    n_threads: int
+    memory = "read"  # what `bandwidth` counts
+
+    @property
+    def name(self) -> str:
+        return str(self.n_threads)
+
+    def bandwidth(self, nbytes: int = MEMORY) -> float:
+        """As `read`."""
+        return read(self.n_threads, nbytes)
+
+    def peak(self, unit: str) -> float:
+        """As `peak`."""
+        return peak(unit, self.n_threads)
+
+
+_SIDE = 8192  # of square matrices: bfloat16 ones take some ms, longer than a launch by far
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+class Gpu:
+    """The ceilings that kernels on one GPU are held against, for work in the current stream."""
+
+    memory = "copy"
+
+    def __init__(
+        self, device: torch.device, timer: EventTimer, *, side: int = _SIDE, memory_bytes: int = MEMORY
+    ) -> None:
+        self.name, self._device, self._timer = str(device), device, timer
+        self._side, self._memory_bytes = side, memory_bytes
+        self._cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._found: dict[str | int, float] = {}
+
+    def bandwidth(self, nbytes: int = MEMORY) -> float:
+        """Bytes read and written a second by a copy within ``nbytes``, over and over: half of the L2 cache stands for
+        all that fits into that, half a gigabyte for all else."""
+        size = self._cache_bytes // 2 if nbytes <= self._cache_bytes // 2 else self._memory_bytes
+        if size not in self._found:
+            source, target = torch.ones(2, size // 2, dtype=torch.uint8, device=self._device)
+            passes = max(1, self._memory_bytes // size)
+            self._found[size] = 2 * source.nbytes * self._rate(lambda: target.copy_(source), passes)
+        return self._found[size]
+
+    def peak(self, unit: str) -> float:
+        """Operations a second of a large matrix product; fp32 is not rounded to TF32."""
+        if unit not in self._found:
+            a, b = torch.randn(2, self._side, self._side, device=self._device).to(_DTYPES[unit])
+            product = (lambda: torch._int_mm(a, b.t())) if unit == "int8" else (lambda: a @ b.t())
+            self._found[unit] = 2 * self._side**3 * self._rate(product, 1)
+        return self._found[unit]
+
+    def _rate(self, call: Callable[[], object], passes: int) -> float:
+        """Calls a second: the best of ten."""
+
+        def calls() -> None:
+            for _ in range(passes):
+                call()
+
+        calls()
+        return passes / min(self._timer.seconds(calls) for _ in range(_BEST_OF))
+
+
+Ceilings = Cpu | Gpu
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 Candidates take turns (A B A B ...), because what a neighbour or the clock does to one then happens to all. Each
 result is first checked against the float64 reference. Cold: a call finds its operands in memory, not in a cache,
-since calls walk through copies that together exceed any cache. Warm: every call has the same operands.
+since calls walk through copies that together exceed any cache. Warm: every call has the same operands. On a GPU all of
+this is the same but for the clock: `EventTimer` takes the device's own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-COLD_BYTES = 256 << 20  # eight times the reference machine's L3
+COLD_BYTES = 256 << 20  # eight times the reference machine's L3, twice the largest L2 of a GPU
 SMALL_COLD_BYTES = 8 << 20  # for layers of small models, whose weights stay in the L3 between two steps
 ROUNDS = 7
 _TURN = 0.06  # seconds a candidate is timed before the next one has its turn
@@ -26,6 +27,7 @@ _SAMPLE = 0.002  # seconds of calls in one sample, so that the clock's 50 ns do 
 _SETTLE = 0.01
 
 OURS = "tilewright"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,43 @@ class Candidate:
     run: Callable[..., Any]
     operands: tuple[Any, ...]
     work: Work
+
+
+class WallTimer:
+    """Seconds by the clock of the CPU, whose calls are over when they return."""
+
+    def seconds(self, calls: Callable[[], None]) -> float:
+        """What ``calls`` takes."""
+        start = time.perf_counter()
+        calls()
+        return time.perf_counter() - start
+
+    def cold_bytes(self, asked: int) -> int:
+        """How much memory calls must walk through so that they find nothing in a cache that should not be there."""
+        return asked
+
+
+class EventTimer:
+    """Seconds of a GPU between two events in the current stream of the current device: from the end of what was
+    launched before to the end of the last call, pauses included where the CPU launches too slowly."""
+
+    def __init__(self) -> None:
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(self, calls: Callable[[], None]) -> float:
+        """What ``calls`` takes."""
+        self.start.record()
+        calls()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+    def cold_bytes(self, asked: int) -> int:
+        """The CPU's small sizes, for what stays in its L3, would stay in an L2 that a whole model does not fit into."""
+        return COLD_BYTES if asked else 0
+
+
+Timer = WallTimer | EventTimer
 
 
 @dataclass(frozen=True)
@@ -87,9 +126,10 @@ class Result:
         return statistics.median(self.times)
 
 
-def measure(case: Case, rounds: int = ROUNDS, *, turn: float = _TURN) -> list[Result]:
+def measure(case: Case, rounds: int = ROUNDS, *, turn: float = _TURN, timer: Timer | None = None) -> list[Result]:
     """Check every candidate of `case`, then time them in turns, cold and warm. Candidates that cannot run or are
-    wrong are in the list too, with their problem and without samples."""
+    wrong are in the list too, with their problem and without samples. timer: default `WallTimer`."""
+    timer = timer or WallTimer()
     with torch.no_grad():
         checked = [_check(case, candidate) for candidate in case.candidates]
         results = []
@@ -100,7 +140,7 @@ def measure(case: Case, rounds: int = ROUNDS, *, turn: float = _TURN) -> list[Re
             for candidate, (error, problem) in zip(case.candidates, checked, strict=True):
                 sets = [candidate.operands]
                 if cache == "cold" and problem is None:
-                    sets = _copies(candidate.operands, case.cold_bytes)
+                    sets = _copies(candidate.operands, timer.cold_bytes(case.cold_bytes))
                 result = Result(
                     case.op,
                     case.name,
@@ -114,7 +154,7 @@ def measure(case: Case, rounds: int = ROUNDS, *, turn: float = _TURN) -> list[Re
                 )
                 results.append(result)
                 if problem is None:
-                    runners.append(_Runner(candidate.run, sets, result))
+                    runners.append(_Runner(candidate.run, sets, result, timer))
             _take_turns(runners, rounds, turn)
         return results
 
@@ -137,9 +177,11 @@ def _check(case: Case, candidate: Candidate) -> tuple[float | None, str | None]:
 class _Runner:
     """A candidate with its copies and the number of calls that make a sample."""
 
-    def __init__(self, run: Callable[..., Any], sets: list[tuple[Any, ...]], result: Result) -> None:
-        self.run, self.sets, self.result = run, sets, result
+    def __init__(self, run: Callable[..., Any], sets: list[tuple[Any, ...]], result: Result, timer: Timer) -> None:
+        self.run, self.sets, self.result, self.timer = run, sets, result, timer
         self.next = 0
+        for operands in sets:  # what is made once for each, such as a GPU's order of a weight
+            run(*operands)
         self.seconds = self.time(1)
         if self.seconds < _SAMPLE:
             self.seconds = self.time(2)
@@ -147,14 +189,15 @@ class _Runner:
 
     def time(self, calls: int) -> float:
         """Seconds a call, over `calls` of them."""
-        run, sets, at, n = self.run, self.sets, self.next, len(self.sets)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run(*sets[at])
-            at = at + 1 if at + 1 < n else 0
-        elapsed = time.perf_counter() - start
-        self.next = at
-        return elapsed / calls
+
+        def loop() -> None:
+            run, sets, at, n = self.run, self.sets, self.next, len(self.sets)
+            for _ in range(calls):
+                run(*sets[at])
+                at = at + 1 if at + 1 < n else 0
+            self.next = at
+
+        return self.timer.seconds(loop) / calls
 
 
 def _take_turns(runners: list[_Runner], rounds: int, turn: float) -> None:
@@ -193,8 +236,8 @@ def operand_bytes(value: Any) -> int:
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """max|out - reference| / max|reference|; NaN where either has one."""
-    difference = (out.double() - reference.double()).abs().max()
+    """max|out - reference| / max|reference|, on the reference's device; NaN where either has one."""
+    difference = (out.to(reference.device).double() - reference.double()).abs().max()
     return float(difference / reference.double().abs().max().clamp(min=1e-30))
 
 

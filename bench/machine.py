@@ -59,7 +59,7 @@ def load(seconds: float = 0.3) -> Load:
         _C.ceiling("fp32", None, iterations)
         rates = []
         wall, busy = time.perf_counter(), time.process_time()
-        while time.perf_counter() - wall < seconds:
+        while not rates or time.perf_counter() - wall < seconds:
             rates.append(_C.ceiling("fp32", None, iterations))
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
     stolen = max(0.0, 1 - busy / (wall * cores))
@@ -82,10 +82,11 @@ def threads(n: int) -> Iterator[None]:
             _C.set_num_threads(before)
 
 
-def describe(n_threads: int) -> dict[str, Any]:
-    """CPU, ISA, threads, versions and commit, ready for JSON."""
+def describe(n_threads: int, device: torch.device | None = None) -> dict[str, Any]:
+    """CPU, ISA, threads, versions and commit, ready for JSON, and the GPU where ``device`` is one."""
     info = tilewright.info()
     return {
+        **({} if device is None else {"gpu": gpu(device)}),
         "cpu": info["cpu"],
         "isa": info["isa"],
         "isa_found": list(info["isa_found"]),
@@ -94,6 +95,19 @@ def describe(n_threads: int) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {"tilewright": tilewright.__version__, "python": platform.python_version(), **installed()},
         "commit": commit(),
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """What torch says of it."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory": found.total_memory,
+        "l2": found.L2_cache_size,
+        "cuda": torch.version.cuda or torch.version.hip,
     }
 
 

@@ -3,9 +3,10 @@
 The JSON's schema, version 1 (`check` enforces it):
     schema    1
     time      when it began, ISO 8601, UTC
-    machine   cpu, isa, isa_found, cores, threads, system, versions {name: version}, commit (or null)
+    machine   cpu, isa, isa_found, cores, threads, system, versions {name: version}, commit (or null),
+              gpu (where the benches ran on one): name, capability, multiprocessors, memory (bytes), l2 (bytes), cuda
     load      before, after: each load1, stolen, jitter, quiet (see machine.Load)
-    ceilings  by thread count as a string: read (bytes/s), fp32, bf16, int8 (operations/s)
+    ceilings  by thread count as a string, or by device: read, of a GPU copy (bytes/s), fp32, bf16, int8 (operations/s)
     skipped   {what: why}
     results   a list; in each: op, case, cache ("cold", "warm"), name, library,
               nbytes, operations, unit: the least that a call has to do; items: tokens a call handles, or 0
@@ -58,18 +59,18 @@ _TOP: dict[str, type] = {
 }
 
 
-def entries(results: Sequence[Result], n_threads: int) -> list[dict[str, Any]]:
-    """One case's results, as the JSON has them."""
-    return [_entry(result, results, n_threads) for result in results]
+def entries(results: Sequence[Result], limits: ceilings.Ceilings) -> list[dict[str, Any]]:
+    """One case's results, as the JSON has them, against the ceilings of what they ran on."""
+    return [_entry(result, results, limits) for result in results]
 
 
-def _entry(result: Result, results: Sequence[Result], n_threads: int) -> dict[str, Any]:
+def _entry(result: Result, results: Sequence[Result], limits: ceilings.Ceilings) -> dict[str, Any]:
     times, work = result.times, result.work
     limit = 0.0
     if work.nbytes:
-        limit = work.nbytes / ceilings.read(n_threads, result.resident_bytes)
+        limit = work.nbytes / limits.bandwidth(result.resident_bytes)
     if work.operations:
-        limit = max(limit, work.operations / ceilings.peak(work.unit, n_threads))
+        limit = max(limit, work.operations / limits.peak(work.unit))
     rivals: dict[str, float] = {}
     for other in results:
         same = (other.case, other.cache) == (result.case, result.cache)
@@ -195,15 +196,17 @@ def page(report: dict[str, Any]) -> str:
         f"<p>{_safe(machine['cpu'])}, {_safe(machine['isa'])}, {machine['threads']} of {machine['cores']} cores; "
         f"{_safe(versions)}; commit {_safe(machine['commit'] or 'of the package')}; {_safe(report['time'])}</p>",
     ]
+    if gpu := machine.get("gpu"):
+        parts.append(f"<p>On {_safe(gpu['name'])}, compute capability {_safe(gpu['capability'])}</p>")
     if not all(load[when]["quiet"] for when in ("before", "after")):
         parts.append("<p class=warning>The machine was not quiet: do not trust these figures.</p>")
     units = list(ceilings.UNITS)
-    parts.append("<h2>Measured ceilings</h2><table><thead><tr><th>threads<th>read GB/s")
+    parts.append("<h2>Measured ceilings</h2><table><thead><tr><th>threads or device<th>memory GB/s")
     parts.extend(f"<th>{unit} Gop/s" for unit in units)
     parts.append("<tbody>")
     for n, found in report["ceilings"].items():
         cells = "".join(f"<td>{found[unit] / 1e9:.0f}" for unit in units)
-        parts.append(f"<tr><td>{_safe(n)}<td>{found['read'] / 1e9:.1f}{cells}")
+        parts.append(f"<tr><td>{_safe(n)}<td>{found.get('read', found.get('copy')) / 1e9:.1f}{cells}")
     parts.append("</table>")
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for entry in report["results"]:

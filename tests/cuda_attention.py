@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import cuda_device
+import pytest
 import torch
 from cases import AttentionCase, attention_inputs, naive_attention
 from compare import assert_close
@@ -14,6 +16,18 @@ from tilewright import QuantizedKV
 from tilewright.ops.attention_reference import CAUSAL, Operands, Options, attention_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (head_dim, query heads a key head, dtype): all of them with as many residues of the length modulo 64, in a sweep with
+# all residues.
+KINDS = tuple(product((64, 80, 128, 256), (1, 3, 8), (BF16, FP16)))
+RESIDUES = (*range(0, 64, 3), 62, 1)
+LENGTHS = [
+    (residue, *KINDS[(i + 7 * turn) % len(KINDS)])
+    for turn in range(3 if cuda_device.SWEEP else 1)
+    for i, residue in enumerate(range(64) if cuda_device.SWEEP else RESIDUES)
+]
+each_length = pytest.mark.parametrize(
+    ("residue", "dim", "group", "dtype"), LENGTHS, ids=lambda x: str(x).removeprefix("torch.")
+)
 
 
 def attention(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
@@ -42,14 +56,18 @@ def operands_of(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[
     return Operands(q, k, v, mask, bias, alibi, sinks, seed=options.get("seed")), numbers
 
 
+def wide(t: Operands) -> Operands:
+    """In float32, for what is computed and left in it: log-sum-exp."""
+    return Operands(*(x.float() if x is not None and x.is_floating_point() else x for x in t))
+
+
 def check(tensors: tuple[Tensor, Tensor, Tensor], options: dict) -> tuple[Tensor, Tensor]:
     """The kernels keep the error rule."""
     dtype = tensors[0].dtype
     out, lse = attention(*operands_of(tensors, options))
     ref, ref_lse = attention_reference(*tensors, **options)
-    naive, naive_lse = naive_attention(*tensors, **options)
-    assert_close(out, ref, naive, dtype)
-    assert_close(lse.to(dtype), ref_lse, naive_lse, dtype)
+    assert_close(out, ref, naive_attention(*tensors, **options)[0], dtype)
+    assert_close(lse, ref_lse, naive_attention(*(x.float() for x in tensors), **options)[1], FP32)
     return out, lse
 
 
@@ -71,9 +89,9 @@ def check_quantized(q: Tensor, kv: QuantizedKV, **options: object) -> None:
     k, v = kv.dequantize()
     out, lse = attention_quantized(q, kv, *operands_of((q, k, v), options))
     ref, ref_lse = attention_reference(q, k, v, **options)
-    naive, naive_lse = naive_attention(q, k.to(q.dtype), v.to(q.dtype), **options)
-    assert_close(out, ref, naive, q.dtype)
-    assert_close(lse.to(q.dtype), ref_lse, naive_lse, q.dtype)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # as the kernels multiply them
+    assert_close(out, ref, naive_attention(q, k, v, **options)[0], q.dtype)
+    assert_close(lse, ref_lse, naive_attention(*(x.float() for x in (q, k, v)), **options)[1], FP32)
 
 
 def gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:

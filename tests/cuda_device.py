@@ -32,11 +32,6 @@ SWEEP = os.environ.get("TILEWRIGHT_CUDA_SWEEP", "") == "1"
 PTX_ONLY = ("-gencode=arch=compute_80,code=compute_80", "--compress-mode=none", "-Xcompiler=-fPIC", "-I", str(CSRC))
 
 
-def chosen(cases: Sequence, every: int) -> list:
-    """All cases in a sweep, else one of ``every`` so many."""
-    return list(cases) if SWEEP else list(cases[:: max(every, 1)])
-
-
 @functools.cache
 def _included(source: Path) -> frozenset[Path]:
     """The source and the project's headers that it includes, directly or not."""
@@ -85,8 +80,12 @@ def build() -> Path:
     return library
 
 
+DEVICE, STREAM = 1, 0x5EED  # not the current ones
+
+
 class Interpreted:
-    """The functions of tilewright._cuda for CPU tensors. Those that launch are called without device and stream."""
+    """The functions of tilewright._cuda for CPU tensors. Those that launch are called without device and stream: they
+    must launch on DEVICE and STREAM, and leave the device that was current."""
 
     def __init__(self) -> None:
         load()
@@ -106,7 +105,9 @@ class Interpreted:
             # As inside a captured CUDA graph: allocation and synchronisation fail.
             options = {"capturing": True, **self.options}
             with self.host.running([a for a in args if isinstance(a, torch.Tensor)], **options) as launches:
-                function(0, 0, *args)
+                function(DEVICE, STREAM, *args)
+            assert {(launch.device, launch.stream) for launch in launches} <= {(DEVICE, STREAM)}, name
+            assert load().ptx_runtime_device() == 0, f"{name} left another device current"
             self.launches += launches
             return launches
 
@@ -163,15 +164,45 @@ def reports(launches: Sequence[Launch]) -> dict[str, Report]:
     return found
 
 
-def never_executed(launches: Sequence[Launch]) -> list[str]:
-    """The instructions of the launched kernels that no warp executed. Branches are none: what they would jump over or
-    to is looked at."""
-    return [
-        f"{name}: {i}"
-        for name, report in reports(launches).items()
-        for i in report.never_executed()
-        if not re.match(r"(@!?%p\d+ )?bra", i.text)
+# Operations that tell ways through a line apart, unlike arithmetic with addresses.
+_OF_ITS_OWN = r"(ld|st|cp|ldmatrix|mma|bar|barrier|atom|red|shfl|vote)\b(?!\.param)"
+
+
+@functools.cache
+def _own_line(source: str) -> str:
+    """The last line of csrc/cuda of those that an instruction came from, "file:number: text"."""
+    for place in source.split(","):
+        file, _, number = place.strip().rpartition(":")
+        path = CSRC / "cuda" / file.rpartition(" ")[2]
+        if path.is_file():
+            return f"{path.name}:{number}: {path.read_text().splitlines()[int(number) - 1].strip()}"
+    return source
+
+
+def unexecuted(launches: Sequence[Launch], *sources: str, merged: bool = False) -> list[str]:
+    """Of csrc/cuda/<source>.cu: kernels that were not launched, and instructions that no warp executed. Branches are
+    none: what they would jump over or to is looked at.
+
+    ``merged``: it is enough that a line's instructions are executed in one of the kernels, each kind of access,
+    barrier, shuffle and matrix product for itself: for templates with more features than each kernel is given.
+    """
+    found = reports(launches)
+    wanted = [
+        name.decode()
+        for source in sources
+        for name in re.findall(rb"\.entry (\w+)\(", _compiled(CSRC / "cuda" / f"{source}.cu").read_bytes())
     ]
+    left = [f"{name}: never launched" for name in wanted if name not in found]
+    times: dict[tuple[str, ...], int] = {}
+    for name in set(wanted) & set(found):
+        for i, n in zip(found[name].instructions, found[name].executed, strict=True):
+            text = re.sub(r"^@!?%p\d+ ", "", i.text)
+            if i.line and not text.startswith("bra"):
+                operation = text.split()[0]
+                kind = operation if re.match(_OF_ITS_OWN, operation) else ""
+                key = (_own_line(i.source), kind) if merged else (_own_line(i.source), name, str(i))
+                times[key] = times.get(key, 0) + n
+    return left + [f"{line} [{' '.join(which)}]" for (line, *which), n in times.items() if n == 0]
 
 
 def surviving_mutants(run: Callable[[], object]) -> dict[str, list[Instruction]]:

@@ -8,7 +8,7 @@ import torch
 from cases import naive_attention, seeded
 from torch import Tensor
 
-from tilewright.ops.attention_reference import CAUSAL, Operands, Options
+from tilewright.ops.attention_reference import CAUSAL, Operands, Options, reference
 
 
 def rand(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,6 +68,32 @@ CALLS = {
     "dropout decode": (lambda d: dense(d, 2, 2, 600, seed=whole(-3)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
     "dropout of all": (lambda d: dense(d, 1, 30, 70, seed=whole(1)), Options(0.2, 0.0, 2, -1, -1, 1.0)),
 }  # fmt: skip
+
+
+def naive_sequences(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call in the tensors' dtype, sequence by sequence; rows of no sequence are 0 and -inf."""
+    exact, exact_lse = reference(t, options._replace(dropout_p=0.0))
+    out, lse = torch.zeros_like(exact), torch.full_like(exact_lse, -math.inf)
+    for b in range(t.q.shape[0] if t.q_start is None else len(t.q_start)):
+        rows = slice(None) if t.q_start is None else slice(int(t.q_start[b]), int(t.q_end[b]))
+        q = t.q[b if t.q_start is None else 0][None, :, rows]
+        row = b if t.k_batch is None else int(t.k_batch[b])
+        if t.block_table is not None:
+            pages = t.block_table[row].long().clamp(0, len(t.k) - 1)
+            k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None] for x in (t.k, t.v))
+        else:
+            row = 0 if len(t.k) == 1 else row
+            k, v = t.k[row : row + 1], t.v[row : row + 1]
+        keys = slice(0 if t.k_start is None else int(t.k_start[b]), None if t.k_end is None else int(t.k_end[b]))
+        alibi = t.alibi[b] if t.alibi is not None and t.alibi.dim() == 2 else t.alibi
+        more = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
+                "softcap": options.softcap, "alibi_slopes": alibi, "sinks": t.sinks}  # fmt: skip
+        one, one_lse = naive_attention(q, k[:, :, keys], v[:, :, keys], **more)
+        at = (b, slice(None)) if t.q_start is None else (0, slice(None), rows)
+        out[at], lse[at] = one[0].double(), one_lse[0].double()
+    if options.dropout_p:  # which scales every error by 1 / (1 - p)
+        out = reference(t, options)[0] + (out - exact) / ((1 - options.dropout_p) or 1)
+    return out.to(t.q.dtype), lse.to(t.q.dtype)
 
 
 def naive_gradients(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:

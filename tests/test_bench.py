@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright import _C, bench
+from tilewright import _C, QuantizedKV, bench
 from tilewright.bench import ceilings, compare_llm, harness, machine, report
 from tilewright.bench.harness import OURS, Candidate, Case, Result, Work
 
@@ -49,7 +49,7 @@ def document(fixed_ceilings: None) -> dict[str, Any]:
         "load": machine.as_dict(machine.Load(0.1, 0.0, 0.0), machine.Load(3.0, 0.5, 0.2)),
         "ceilings": {"1": {"read": 1e10, "fp32": 1e11, "bf16": 2e11, "int8": 4e11}},
         "skipped": {"openvino": "not installed"},
-        "results": report.entries(found, 2),
+        "results": report.entries(found, ceilings.Cpu(2)),
     }
 
 
@@ -132,7 +132,7 @@ def test_entries(document: dict[str, Any]) -> None:
 
 def test_limit_is_the_larger_one(fixed_ceilings: None) -> None:
     found = [result(OURS, [1e-6], work=Work(100, 20_000)), result("torch", [1e-6], work=Work())]
-    by_arithmetic, none = report.entries(found, 1)
+    by_arithmetic, none = report.entries(found, ceilings.Cpu(1))
     assert by_arithmetic["limit"] == pytest.approx(2e-8) and none["limit"] is None
 
 
@@ -237,6 +237,129 @@ def test_read_measures_four_sizes_an_octave(monkeypatch: pytest.MonkeyPatch) -> 
     assert ceilings.read(1, 1 << 40) == ceilings.MEMORY == ceilings.read(1)
 
 
+# --- on a GPU, as far as there need not be one ---
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: no bench runs on one")
+
+
+class StandInEvent:
+    """Of torch.cuda.Event: the stream's time is a count of what was recorded and called."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at: float | None = None
+        self.over = False
+
+    def record(self) -> None:
+        self.at, self.over = StandInEvent.now, False
+
+    def synchronize(self) -> None:
+        self.over = True
+
+    def elapsed_time(self, end: StandInEvent) -> float:
+        assert end.over, "the end was not waited for"
+        return (end.at - self.at) * 1e3
+
+
+def test_event_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds come from the events, whatever the CPU's clock says, and cold sizes exceed an L2."""
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    seen: list[int] = []
+
+    def takes(seconds: float) -> Callable[[torch.Tensor], None]:
+        def run(t: torch.Tensor) -> None:
+            seen.append(t.data_ptr())
+            StandInEvent.now += seconds
+
+        return run
+
+    data = torch.ones(48 << 18)  # 48 MB
+    case = Case("norm", "x", [candidate(takes(0.5), operands=(data,))], cold_bytes=1)
+    timer = harness.EventTimer()
+    cold, warm = harness.measure(case, rounds=2, turn=0.0, timer=timer)
+    assert cold.times == pytest.approx([0.5] * 2) and warm.times == pytest.approx([0.5] * 2)
+    assert cold.resident_bytes == 6 * data.nbytes >= harness.COLD_BYTES
+    assert len(set(seen[1:7])) == 6  # every copy was used before the clock ran
+    assert timer.cold_bytes(0) == 0 and harness.WallTimer().cold_bytes(5) == 5
+
+
+def test_ceilings_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 1 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    calls: list[str] = []
+
+    class Timer(harness.WallTimer):
+        def seconds(self, run: Callable[[], None]) -> float:
+            calls.append("timed")
+            run()
+            return 2.0
+
+    found = ceilings.Gpu(torch.device("cpu"), Timer(), side=32, memory_bytes=1 << 22)
+    assert found.bandwidth() == (1 << 22) / 2.0 and len(calls) == 10
+    assert found.bandwidth(1 << 30) == found.bandwidth((1 << 19) + 1) == found.bandwidth() and len(calls) == 10
+    assert found.bandwidth(5) == (1 << 19) * 8 / 2.0  # eight passes within half of the L2
+    for unit in ceilings.UNITS:
+        assert found.peak(unit) == found.peak(unit) == 2 * 32**3 / 2.0
+    assert len(calls) == 50
+    by_copy = report.entries([result(OURS, [1e-6], work=Work(1 << 20, 0))], found)
+    assert by_copy[0]["limit"] == (1 << 20) / found.bandwidth()
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_cases_are_made_on_the_device(op: str) -> None:
+    """A meta tensor stands for one on a GPU: nothing that a candidate gets is left on the CPU."""
+
+    def devices(value: Any) -> set[str]:
+        if isinstance(value, tuple | list):
+            return set().union(*map(devices, value))
+        if isinstance(value, QuantizedKV):
+            return devices(value.tensors())
+        value = getattr(value, "packed", value)
+        return {value.device.type} if isinstance(value, torch.Tensor) else set()
+
+    module = bench.module(op)
+    shapes = [s for s in module.GPU_SHAPES if getattr(s, "seq_k", 0) <= 1024 and getattr(s, "n", 0) <= 4096]
+    for shape in shapes[:: max(1, len(shapes) // 4)]:
+        for made in module.case(shape, ("torch",), torch.device("meta")).candidates:
+            assert devices(made.operands) == {"meta"}, (shape.name, made.name)
+    assert bool(shapes) == (op != "call")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "message"), [(0, "cuda", "finds no GPU here"), (0, "cuda:3", "no GPU"), (2, "cuda:2", "2 GPUs")]
+)
+def test_without_the_gpu(
+    gpus: int, device: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert bench.main(["norm", "--device", device]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"--device {device}" in err and message in err
+
+
+@NEEDS_GPU
+def test_main_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "norm.json"
+    assert bench.main(["norm", "--device", "cuda", "--shapes", "1x576", "--rounds", "1", "--json", str(path)]) == 0
+    found = report.check(json.loads(path.read_text()))
+    assert found["machine"]["gpu"]["name"] in capsys.readouterr().out
+    assert found["ceilings"]["cuda:0"]["copy"] > 1e9
+    assert all(e["median"] and e["limit"] for e in found["results"])
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("op", bench.OPS)
+def test_cases_are_right_on_a_gpu(op: str) -> None:
+    module = bench.module(op)
+    for shape in module.GPU_SHAPES:
+        case = module.case(shape, ("torch",), torch.device("cuda"))
+        found = harness.measure(case, rounds=1, turn=1e-4, timer=harness.EventTimer())
+        assert all(r.problem is None and r.samples for r in found), found
+
+
 # A small shape of each op, with its peer: both must agree with the reference.
 @pytest.mark.parametrize(
     ("op", "name"),
@@ -289,6 +412,7 @@ def test_main_writes_reports(fixed_ceilings: None, tmp_path: Path, capsys: pytes
         (["--peers", "onnx"], "unknown onnx"),
         (["--threads", "0"], "expected a whole number"),
         (["--rounds", "x"], "expected a whole number"),
+        (["--device", "gpu"], "expected cpu, cuda or cuda:N"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +443,6 @@ def test_compare_llm(monkeypatch: pytest.MonkeyPatch, fixed_ceilings: None) -> N
     assert failed == {"openvino": "exit status 1: no plugin"}
     assert [(r.case, r.library) for r in found] == [(c, n) for c in compare_llm.CASES for n in (OURS, "llama_cpp")]
     assert found[0].samples == [[1.0, 2.0]] * 3 and found[2].samples == [[0.1, 0.2]] * 3
-    assert [e["speedups"] for e in report.entries(found, 2)] == [{"llama_cpp": 1.0}, {}] * 2
+    assert [e["speedups"] for e in report.entries(found, ceilings.Cpu(2))] == [{"llama_cpp": 1.0}, {}] * 2
     with pytest.raises(ValueError, match=r"must be a \.gguf file"):
         compare_llm.compare("folder", (), 1, 1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import cuda_device
 import pytest
 import torch
 from cases import AttentionCase
-from compare import assert_same_bits
-from cuda_attention import BF16, FP16, attention, check, run
-from gpu_attention import CALLS, dense, paged, rand, whole
+from compare import assert_close, assert_same_bits
+from cuda_attention import BF16, FP16, FP32, attention, check, each_length, run, wide
+from gpu_attention import CALLS, dense, naive_sequences, paged, rand, whole
 from ptx.compilers import needs_nvcc
 
 from tilewright.ops.attention_reference import Operands, Options, reference
@@ -26,6 +25,7 @@ SHAPES = [
     (Case("prefill_d80_g3", 40, 195, 80, heads=6, kv_heads=2, causal=BOTTOM), FP16),
     (Case("prefill_d80_whole", 20, 128, 80, heads=1, kv_heads=1), BF16),
     (Case("prefill_d96_g2", 70, 150, 96, heads=2, kv_heads=1), BF16),
+    (Case("prefill_d96_g3", 40, 150, 96, heads=3, kv_heads=1, causal=BOTTOM), FP16),
     (Case("prefill_d128_g8", 20, 200, 128, heads=8, kv_heads=1, batch=2, causal=BOTTOM), BF16),
     (Case("prefill_d256_g1", 70, 150, 256, heads=1, kv_heads=1, causal=BOTTOM), BF16),
     (Case("prefill_d192_v128", 20, 70, 192, 128, heads=1, kv_heads=1, causal=BOTTOM), FP16),
@@ -34,6 +34,7 @@ SHAPES = [
     (Case("prefill_misaligned", 20, 140, 64, heads=1, kv_heads=1, layout="offset"), BF16),
     (Case("prefill_same_heads", 20, 140, 64, heads=2, kv_heads=2, layout="same_heads"), BF16),
     (Case("prefill_split", 20, 700, 64, heads=3, kv_heads=1, causal=BOTTOM), BF16),
+    (Case("prefill_split_odd", 20, 700, 120, 97, heads=3, kv_heads=1, causal=BOTTOM), FP16),
 ]
 DECODE = [
     (Case("decode_d64_g1", 1, 300, 64, heads=2, kv_heads=2, causal=BOTTOM), FP16),
@@ -52,6 +53,7 @@ DECODE = [
 ]
 FEATURES = [
     (Case("mask", 40, 200, 64, heads=4, kv_heads=2, batch=2, mask="b1qk"), BF16),
+    (Case("mask_d128", 20, 150, 128, heads=3, kv_heads=1, mask="b1qk"), FP16),
     (Case("bias", 40, 200, 64, heads=4, kv_heads=2, batch=2, bias="1hqk", bias_dtype=BF16), BF16),
     (Case("bias_and_float_mask", 33, 190, 64, heads=4, kv_heads=2, batch=2, bias="1h1k", float_mask="b1qk"), FP16),
     (Case("alibi_top_left", 40, 200, 64, heads=6, kv_heads=2, batch=2, alibi="bh", causal="top_left"), BF16),
@@ -82,34 +84,35 @@ def test_error_rule(case: AttentionCase, dtype: torch.dtype) -> None:
     run(case, dtype)
 
 
-RESIDUES = range(64) if cuda_device.SWEEP else (0, 1, 15, 33, 63)
-
-
-@pytest.mark.parametrize("residue", RESIDUES)
-def test_every_residue_of_the_length(residue: int) -> None:
-    prefill = Case(f"prefill_{residue}", 25, 128 + residue, 64, heads=3, kv_heads=1, causal=BOTTOM)
-    run(prefill, BF16)
-    run(replace(prefill, name=f"decode_{residue}", seq_q=1, seq_k=512 + residue), BF16)
-    run(replace(prefill, name=f"rows_{residue}", seq_q=22 + residue, seq_k=130, heads=3), BF16)
+@each_length
+def test_lengths(residue: int, dim: int, group: int, dtype: torch.dtype) -> None:
+    """Three tiles of keys and more."""
+    name = f"{residue}_{dim}_{group}_{dtype}"
+    prefill = Case(f"prefill_{name}", 20, 128 + residue, dim, heads=group, kv_heads=1, causal=BOTTOM)
+    run(prefill, dtype)
+    run(replace(prefill, name=f"decode_{name}", seq_q=1, seq_k=512 + residue), dtype)
+    run(replace(prefill, name=f"rows_{name}", seq_q=22 + residue, seq_k=130), dtype)
 
 
 # --- sequences that are packed, paged or padded ---
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_sequences(name: str) -> None:
-    """Against float64, with a tolerance of fp16's rounding of results and weights."""
+def test_sequences(name: str, dtype: torch.dtype) -> None:
     make, options = CALLS[name]
-    t = make(FP16)
+    t = make(dtype)
     out, lse = attention(t, options)
     ref, ref_lse = reference(t, options)
+    naive, naive_lse = naive_sequences(t, options)[0], naive_sequences(wide(t), options)[1]
     if t.q_start is not None:  # rows of no sequence are left as they are
         row = torch.arange(t.q.shape[2])
         inside = ((row >= t.q_start[:, None]) & (row < t.q_end[:, None])).any(0)
         assert out[:, :, ~inside].isnan().all() and lse[:, :, ~inside].isnan().all()
-        out, lse, ref, ref_lse = out[:, :, inside], lse[:, :, inside], ref[:, :, inside], ref_lse[:, :, inside]
-    torch.testing.assert_close(out.double(), ref, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-5, atol=1e-5)
+        out, ref, naive = (x[:, :, inside] for x in (out, ref, naive))
+        lse, ref_lse, naive_lse = (x[:, :, inside] for x in (lse, ref_lse, naive_lse))
+    assert_close(out, ref, naive, dtype)
+    assert_close(lse, ref_lse, naive_lse, FP32)
 
 
 @pytest.mark.parametrize("seq_q", [1, 40])

@@ -24,18 +24,18 @@ BOTTOM = "bottom_right"
 
 def tiles() -> None:
     run(Case("f", 60, 300, 64, heads=3, kv_heads=1, causal=BOTTOM), FP16)
-    forward.test_sequences("paged prefill")
+    forward.test_sequences("paged prefill", FP16)
 
 
 def tiles_general() -> None:
     run(Case("g", 40, 200, 64, heads=3, kv_heads=1, causal=BOTTOM, mask="b1qk"), FP16)
-    forward.test_sequences("paged prefill, general")
+    forward.test_sequences("paged prefill, general", FP16)
 
 
 def few() -> None:
     run(Case("s", 1, 600, 64, heads=8, kv_heads=1, causal=BOTTOM), FP16)
     run(Case("n", 1, 200, 64, heads=8, kv_heads=1, causal=BOTTOM), FP16)
-    forward.test_sequences("paged decode")
+    forward.test_sequences("paged decode", FP16)
 
 
 def few_wide() -> None:
@@ -88,33 +88,31 @@ def everything() -> None:
     for case, dtype in forward.SHAPES + forward.DECODE + forward.FEATURES:
         run(case, dtype)
     for name in forward.CALLS:
-        forward.test_sequences(name)
+        forward.test_sequences(name, FP16)
     for seq_q in (1, 40):
         forward.test_what_does_not_exist_gives_nan(seq_q)
     for case, dtype in quantized.CASES:
         quantized.test_error_rule(case, dtype)
+    for feature in quantized.FEATURES:
+        quantized.test_features(8, FP16, feature)
+        quantized.test_features(4, BF16, feature)
     for name in backward.GRADIENTS:
         backward.test_error_rule(name)
     for group in (1, 3):
         backward.test_packed_sequences(group)
 
 
-def test_every_line_is_executed() -> None:
-    """A line's code stands in many kernels; it must run in one of them."""
+SOURCES = tuple(f"attention{part}" for part in (
+    "", "_backward", "_decode", "_forward", "_grad_bias", "_grad_keys", "_grad_queries"
+))  # fmt: skip
+
+
+def test_every_kernel_runs_everywhere() -> None:
     cuda = cuda_device.module()
     with cuda.watched() as launches:
         everything()
-    reached: dict[str, bool] = {}
-    for report in cuda_device.reports(launches).values():
-        for instruction, times in zip(report.instructions, report.executed, strict=True):
-            line = instruction.source.split(",")[0]
-            if line.startswith("attention") and "bra" not in instruction.text.split()[:2]:
-                reached[line] = reached.get(line, False) or times > 0
-    never = {}
-    for file, number in (line.split(":") for line, found in reached.items() if not found):
-        text = (cuda_device.CSRC / "cuda" / file).read_text().splitlines()[int(number) - 1]
-        never[f"{file}:{number}"] = text.strip()
-    assert not never
+    left = cuda_device.unexecuted(launches, *SOURCES, merged=True)
+    assert left == [], "\n".join(left)
 
 
 def averages(report: Report) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import seeded
 from compare import assert_close
-from cuda_attention import BF16, FP16, gradients
+from cuda_attention import BF16, FP16, each_length, gradients
 from gpu_attention import grad_case, naive_gradients, packed, rand, whole
 from ptx.compilers import needs_nvcc
 from torch import Tensor
@@ -23,6 +23,7 @@ GRADIENTS = {
     "d80_g8": (lambda: grad_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
     "d128_g3": (lambda: grad_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
     "d256_g1": (lambda: grad_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
+    "d256_g3": (lambda: grad_case(FP16, 3, 1, 20, 90, 256), Options(0.06, 0.0, 2)),
     "odd_dims": (lambda: grad_case(BF16, 3, 1, 30, 90, 33, 17), Options(0.15, 0.0, 2)),
     "window": (lambda: grad_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
     "window_right": (lambda: grad_case(FP16, 1, 1, 60, 150, 32), Options(0.2, 0.0, 0, 40, 9)),
@@ -34,6 +35,8 @@ GRADIENTS = {
     ),
     "bias": (lambda: grad_case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
     "bias_rows_d128": (lambda: grad_case(BF16, 2, 2, 70, 50, 128, bias=rand("b", 2, 1, 70, 1)), Options(0.1, 3.0, 2)),
+    "bias_d128": (lambda: grad_case(FP16, 2, 1, 40, 70, 128, bias=rand("b", 2, 1, 40, 70)), Options(0.09, 0.0, 2)),
+    "bias_keys_d256": (lambda: grad_case(BF16, 2, 2, 20, 50, 256, bias=rand("b", 1, 2, 1, 50)), Options(0.06, 0.0, 0)),
     "bias_d256": (lambda: grad_case(FP16, 2, 2, 20, 50, 256, bias=rand("b", 1, 1, 1, 1)), Options(0.1, 0.0, 2)),
     "bias_of_keys_mask": (
         lambda: grad_case(
@@ -43,6 +46,10 @@ GRADIENTS = {
         Options(0.2, 0.0, 2),
     ),
     "dropout": (lambda: grad_case(FP16, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
+    "bias_dropout": (
+        lambda: grad_case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50), seed=whole(5)),
+        Options(0.2, 0.0, 2, -1, -1, 0.3),
+    ),
     "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
@@ -68,6 +75,13 @@ def check(t: Operands, options: Options) -> None:
         assert_close(f, e, bar.to(dtype), dtype)
 
 
+@each_length
+def test_lengths(residue: int, dim: int, group: int, dtype: torch.dtype) -> None:
+    """Three tiles of keys; of rows as many as the residue allows."""
+    rows = 1 + (residue + 7 * dim) % (40 if group == 1 else 20)
+    check(grad_case(dtype, group, 1, rows, 128 + residue, dim), Options(dim**-0.5, 0.0, 2))
+
+
 def naive_packed(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
     """naive_gradients of each sequence."""
     wanted = [x for x in (t.q, t.k, t.v, t.alibi, t.sinks) if x is not None]
@@ -90,13 +104,14 @@ def naive_packed(t: Operands, options: Options, grad_out: Tensor, grad_lse: Tens
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_packed_sequences(group: int) -> None:
-    t = packed(FP16, group)
+    dtype = FP16 if group == 1 else BF16
+    t = packed(dtype, group)
     more = t._replace(alibi=rand("a", 5, 2 * group).abs(), sinks=rand("s", 2 * group))
     for operands, options in ((t, Options(0.2, 0.0, 2)), (more, Options(0.2, 0.0, 0, 20, 9))):
-        grad_out, grad_lse = rand("go", *t.q.shape[:3], t.v.shape[3], dtype=FP16), rand("gl", *t.q.shape[:3])
+        grad_out, grad_lse = rand("go", *t.q.shape[:3], t.v.shape[3], dtype=dtype), rand("gl", *t.q.shape[:3])
         found = [f for f in gradients(operands, options, grad_out, grad_lse) if f is not None]
         wide = Operands(*(x.double() if x is not None and x.is_floating_point() else x for x in operands))
         exact = [e for e in reference_backward(grad_out.double(), grad_lse, wide, options) if e.numel()]
         bars = naive_packed(operands, options, grad_out, grad_lse)
         for f, e, bar in zip(found, exact, bars, strict=True):
-            assert_close(f.to(FP16), e, bar.to(FP16), FP16)
+            assert_close(f.to(dtype), e, bar.to(dtype), dtype)

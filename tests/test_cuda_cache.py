@@ -121,5 +121,5 @@ def test_runs_everywhere() -> None:
                 check_appends(QuantizedKV.empty(1, 2, 150, 80, bits, residual=20), pieces)
         for case in ((64, BF16), (7, FP16), (3, FP32), (5, torch.uint8)):
             test_gather(*case)
-    left = cuda_device.never_executed(launches)
+    left = cuda_device.unexecuted(launches, "kv_quant", "gather")
     assert left == [], "\n".join(left)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import cuda_device
 import pytest
@@ -16,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 import tilewright
 from tilewright import QuantizedKV, cuda_kernels
 from tilewright.ops import grouped_linear, registry
+from tilewright.triton_kernels.weight import gpu_weight
 
 BF16 = torch.bfloat16
 
@@ -160,6 +163,66 @@ def test_a_gpus_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match=r"need Triton, which is not installed .*because no code for it"):
         registry.served_by("op", "auto", x)
+
+
+def test_launches_go_to_the_tensors_device_and_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launchers make of them: cuda_device.Interpreted asserts it of every launch."""
+    streams = {torch.device("cuda:1"): SimpleNamespace(cuda_stream=77)}
+    seen: list[tuple] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(cuda_kernels, "extension", lambda: SimpleNamespace(norm=lambda *a: seen.append(a)))
+    with FakeTensorMode():
+        x = torch.empty(2, 4, device="cuda:1")
+    cuda_kernels.launch("norm", x, "rms_norm")
+    assert seen == [(1, 77, x, "rms_norm")]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("norm", "act_mul", "rope", "rope_", "kv_append", "kv_append_quantized", "sample", "quantized_linear"),
+        *("attention", "attention_backward", "attention_quantized"),
+    ],
+)
+def test_tensors_of_two_devices_are_refused(op: str) -> None:
+    """Eager calls too: a kernel would take another GPU's address for its own."""
+    overload = getattr(torch.ops.tilewright, op).default
+    with FakeTensorMode():
+        devices = iter(torch.empty(2, 4, device=f"cuda:{i}") for i in (0, *(1,) * 30))
+        arguments = [
+            next(devices) if "Tensor" in str(a.type) else {"str": "auto", "bool": False}.get(str(a.type), 1)
+            for a in overload._schema.arguments
+        ]
+    name = op.rstrip("_")
+    with pytest.raises(ValueError, match=f"{name}: all tensors must be on one device, got some on cuda:0, cuda:1"):
+        overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+
+
+class OnGpu(Tensor):
+    """Says that it is there."""
+
+    is_cuda = True
+
+
+def test_a_weight_is_ordered_once_and_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in other streams may follow at once, and a graph's memory is not the weight's."""
+    waits: list[torch.device] = []
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: waits.append(device))
+
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    weight = tilewright.quantize_weight(numbers("w", 64, 96, dtype=torch.float32))
+    packed = torch.Tensor._make_subclass(OnGpu, weight.packed)
+    with pytest.raises(RuntimeError, match="call the layer once before capturing"):
+        gpu_weight(packed, *weight.spec())
+    capturing = False
+    made = gpu_weight(packed, *weight.spec())
+    capturing = True
+    assert gpu_weight(packed, *weight.spec()) is made and waits == [packed.device]
 
 
 def test_without_the_extension() -> None:

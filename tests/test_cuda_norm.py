@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import cuda_device
 import pytest
 import torch
@@ -109,15 +111,17 @@ def test_every_barrier_of_norm_is_needed() -> None:
 
 def test_norm_runs_everywhere_and_reads_whole_sectors() -> None:
     with cuda_device.module().watched() as launches:
-        for dtype in (BF16, FP32):
-            for n in (128, 500, 1024, 1023, 4096, 8192, 9000):
+        for dtype in (BF16, FP16, FP32):
+            for n in (77, 128, 500, 1024, 1023, 1031, 4096, 8192, 9000, 9001):
                 x = numbers(f"everywhere {n}", 1, n, dtype=dtype)
                 for weights in (numbers("w", n), numbers("w", n).to(dtype)):
                     check_norm(x, x, weights, weights, True)
+                    check_norm(x, None, weights, weights, True)
+                    check_norm(x, None, None, weights, True)
                 rows = numbers(f"more {n}", n + 64, dtype=dtype).as_strided((2, 2, 2, 2, 2, n), (8, 0, 16, 0, 8, 1))
                 check_norm(rows, rows, None, None, False)
                 check_norm(rows[:, 0, 0, 0], None, None, None, False)
-    left = cuda_device.never_executed(launches)
+    left = cuda_device.unexecuted(launches, "norm", merged=True)
     assert left == [], "\n".join(left)
     with cuda_device.module().watched() as launches:
         run_norm(numbers("wide", 4, 4096, dtype=BF16), None, None, None, True)
@@ -162,6 +166,21 @@ def test_act_mul_at_the_ends() -> None:
             expected = gelu_mul_reference(x, torch.ones(6), "tanh" if activation == "gelu_tanh" else "none").float()
         found = run_act(x, torch.ones(6), activation)
         assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+
+
+def test_act_mul_runs_everywhere() -> None:
+    with cuda_device.module().watched() as launches:
+        for dtype, activation in product((FP32, BF16, FP16), ("silu", "gelu", "gelu_tanh")):
+            flat = numbers("everywhere", 200, dtype=dtype) * 4
+            run_act(flat, flat, activation)
+            for n in (7, 80):
+                rows = flat.as_strided((2, 2, 2, 2, 2, n), (8, 0, 16, 0, 8, 1))
+                expected = run_act(rows, rows, activation)
+                out = torch.full((*(4,) * 5, 96), torch.nan, dtype=dtype)[::2, ::2, ::2, ::2, ::2, :n]
+                cuda_device.module().act_mul(rows, rows, out, activation)
+                assert torch.equal(out, expected)
+    left = cuda_device.unexecuted(launches, "act_mul")
+    assert left == [], "\n".join(left)
 
 
 def test_act_mul_reads_whole_sectors() -> None:

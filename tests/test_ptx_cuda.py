@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from ptx import Kernel, PtxError, PtxFault, empty, undefined_bytes
 from ptx.compilers import needs_nvcc, nvcc_library, nvcc_module
+from ptx.library import load
 from ptx.runtime import HostLibrary
 from torch import Tensor
 
@@ -218,6 +220,19 @@ def test_host_heuristics_symbols_and_calls(host: HostLibrary, n: int) -> None:
     partner = torch.where((index + 1 < n) | (index % 2 == 1), index ^ 1, index)
     expected = before[partner] * torch.tensor([2.0, 3.0])[index % 2] + index % 4
     torch.testing.assert_close(x, expected)
+
+
+def test_host_streams_and_devices(host: HostLibrary) -> None:
+    x, runtime = torch.randn(10), load()
+    (launch,) = host.call("launch_scale", x, 10, 1.0, 1.0, 1024, None)
+    assert (launch.device, launch.stream) == (0, 0)
+    assert runtime.cudaSetDevice(2) == runtime.cudaSetDevice(-1) == 101
+    assert runtime.cudaSetDevice(1) == 0
+    try:
+        (launch,) = host.call("launch_scale", x, 10, 1.0, 1.0, 1024, ctypes.c_void_p(77))
+    finally:
+        runtime.cudaSetDevice(0)
+    assert (launch.device, launch.stream) == (1, 77)
 
 
 def test_host_errors(host: HostLibrary) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases import ATTENTION, AttentionCase, attention_inputs, naive_attention, seeded
 from compare import assert_close, assert_same_bits
-from gpu_attention import CALLS, rand, whole
+from gpu_attention import CALLS, naive_sequences, rand, whole
 from torch import Tensor
 from triton_device import DTYPES, INTERPRETED, SWEEP, Device, running
 
 import tilewright
-from tilewright.ops.attention_reference import CAUSAL, Operands, Options, attention_reference, reference
+from tilewright.ops.attention_reference import Operands, Options, attention_reference, reference
 
 if INTERPRETED or SWEEP:
     # What the CPU's kernels are held to, in the interpreter: a choice that has every feature.
@@ -129,32 +129,6 @@ def direct(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
         return attention(t, options, True)
 
 
-def in_dtype(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
-    """The call in the tensors' dtype, sequence by sequence."""
-    found_out, found_lse = reference(t, options)
-    out, lse = torch.zeros_like(found_out), torch.full_like(found_lse, -math.inf)
-    count = t.q.shape[0] if t.q_start is None else len(t.q_start)
-    for b in range(count):
-        rows = slice(None) if t.q_start is None else slice(int(t.q_start[b]), int(t.q_end[b]))
-        q = t.q[b if t.q_start is None else 0][None, :, rows]
-        row = b if t.k_batch is None else int(t.k_batch[b])
-        if t.block_table is not None:
-            pages = t.block_table[row].long().clamp(0, len(t.k) - 1)
-            k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None] for x in (t.k, t.v))
-        else:
-            row = 0 if len(t.k) == 1 else row
-            k, v = t.k[row : row + 1], t.v[row : row + 1]
-        keys = slice(0 if t.k_start is None else int(t.k_start[b]), None if t.k_end is None else int(t.k_end[b]))
-        k, v = k[:, :, keys], v[:, :, keys]
-        alibi = t.alibi[b] if t.alibi is not None and t.alibi.dim() == 2 else t.alibi
-        more = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
-                "softcap": options.softcap, "alibi_slopes": alibi, "sinks": t.sinks}  # fmt: skip
-        one, one_lse = naive_attention(q, k, v, **more)
-        at = (b, slice(None)) if t.q_start is None else (0, slice(None), rows)
-        out[at], lse[at] = one[0].double(), one_lse[0].double()
-    return out, lse
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_sequences(name: str) -> None:
     make, options = CALLS[name]
@@ -162,11 +136,9 @@ def test_sequences(name: str) -> None:
         t = make(dtype)
         out, lse = direct(t, options)
         ref, ref_lse = reference(t, options)
-        naive, naive_lse = in_dtype(t, options._replace(dropout_p=0.0))
-        # Dropout scales every error by 1 / (1 - p).
-        naive = ref + (naive - reference(t, options._replace(dropout_p=0.0))[0]) / ((1 - options.dropout_p) or 1)
-        assert_close(out, ref, naive.to(dtype), dtype)
-        assert_close(lse.to(dtype), ref_lse, naive_lse.to(dtype), dtype)
+        naive, naive_lse = naive_sequences(t, options)
+        assert_close(out, ref, naive, dtype)
+        assert_close(lse.to(dtype), ref_lse, naive_lse, dtype)
 
 
 @pytest.mark.parametrize("seq_q", (1, 40))

@@ -30,7 +30,8 @@ def moved(x: object) -> object:
 @pytest.mark.parametrize(("case", "dtype"), attention_tests.pairs(attention_tests.SHAPES + attention_tests.FEATURES))
 def test_attention(case: object, dtype: torch.dtype) -> None:
     tensors, options = attention_inputs(case, dtype)
-    out = tilewright.attention(*map(moved, tensors), **{name: moved(x) for name, x in options.items()})
+    there = {name: moved(x) for name, x in options.items()}
+    out = tilewright.attention(*map(moved, tensors), **there, backend="triton")
     assert tilewright.last_impl("attention") == "triton"
     assert_close(out.cpu(), attention_reference(*tensors, **options)[0], naive_attention(*tensors, **options)[0], dtype)
 
@@ -38,7 +39,7 @@ def test_attention(case: object, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("case", "dtype", "activation"), linear_tests.pairs())
 def test_linear(case: object, dtype: torch.dtype, activation: str) -> None:
     x, weight, bias = linear_tests.inputs(case, dtype)
-    out = tilewright.quantized_linear(x.cuda(), weight.to("cuda"), moved(bias), activation=activation)
+    out = tilewright.quantized_linear(x.cuda(), weight.to("cuda"), moved(bias), activation=activation, backend="triton")
     ref = quantized_linear_reference(x, weight, bias, activation=activation)
     assert_close(out.cpu(), ref, linear_tests.naive(x, weight, bias, activation), dtype)
 
@@ -61,14 +62,18 @@ def test_other_ops(dtype: torch.dtype) -> None:
     for op, call, tensors in (
         ("silu_mul", tilewright.silu_mul, (x, y)),
         ("gelu_mul", tilewright.gelu_mul, (x, y)),
-        ("rms_norm", lambda x, y, w: tilewright.rms_norm(x, w, 1e-5, residual=y), (x, y, weight)),
-        ("layer_norm", lambda x, w: tilewright.layer_norm(x, w, w, 1e-5), (x, weight)),
+        (
+            "rms_norm",
+            lambda x, y, w, backend: tilewright.rms_norm(x, w, 1e-5, residual=y, backend=backend),
+            (x, y, weight),
+        ),
+        ("layer_norm", lambda x, w, backend: tilewright.layer_norm(x, w, w, 1e-5, backend=backend), (x, weight)),
         ("rope", tilewright.rope, (q, k, cos, sin)),
-        ("kv_append", lambda c, k: tilewright.kv_append(c, c.clone(), k, k), (cache, k)),
+        ("kv_append", lambda c, k, backend: tilewright.kv_append(c, c.clone(), k, k, backend=backend), (cache, k)),
     ):
-        found = call(*(moved(t.clone()) for t in tensors))
+        found = call(*(moved(t.clone()) for t in tensors), backend="triton")
         assert tilewright.last_impl(op) == "triton"
-        expected = call(*(t.clone() for t in tensors))
+        expected = call(*(t.clone() for t in tensors), backend="cpu")
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
             torch.testing.assert_close(a.cpu(), b)
 
@@ -78,7 +83,7 @@ def test_grouped_linear(codes: str, offset: str, dtype: torch.dtype, activation:
     sizes, case = torch.tensor([3, 0, 1, 70, 7]), linear_tests.Case(81, 64, 96, codes, 32, offset, True)
     parts = [linear_tests.inputs(case, dtype, i) for i in range(5)]
     x, weight = parts[0][0], tilewright.QuantizedWeight.concat([part[1] for part in parts])
-    out = grouped_linear(x.cuda(), weight.to("cuda"), sizes.cuda(), activation=activation)
+    out = grouped_linear(x.cuda(), weight.to("cuda"), sizes.cuda(), activation=activation, backend="triton")
     ref = quantized_linear_reference(x, weight, activation=activation, group_sizes=sizes)
     bars = [
         linear_tests.naive(rows, part[1], None, activation)
@@ -93,7 +98,8 @@ def test_a_cuda_graph_captures_the_launches() -> None:
     weight = tilewright.quantize_weight(torch.randn(64, 256)).to("cuda")
 
     def step() -> tuple[Tensor, Tensor]:
-        return tilewright.attention(q, k, k), tilewright.quantized_linear(x, weight, activation="fp32")
+        projected = tilewright.quantized_linear(x, weight, activation="fp32", backend="triton")
+        return tilewright.attention(q, k, k, backend="triton"), projected
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -61,16 +61,26 @@ class GpuWeight:
 
 def gpu_weight(packed: Tensor, n: int, k: int, codes: int, group_size: int, offset: int, scale: int) -> GpuWeight:
     """The weight that ``packed`` and the numbers of `QuantizedWeight.spec` describe. It is kept as long as the tensor
-    ``packed``, and made anew if that was written to."""
+    ``packed``, and made anew if that was written to. Making it waits for the GPU, once, so that calls in any stream may
+    read it; RuntimeError while a CUDA graph is captured, whose memory it would be."""
     spec = (n, k, codes, group_size, offset, scale)
     if packed in _converted:
         version, found_spec, found = _converted[packed]
         if version == packed._version and found_spec == spec:
             return found
+    if packed.is_cuda:
+        with torch.cuda.device(packed.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "quantized_linear: the first call with a weight puts it into the GPU's order, which a CUDA graph "
+                    "cannot capture; call the layer once before capturing"
+                )
     if CODES[codes] == "bf16":
         weight = _dense(packed, n, k)
     else:
         weight = _convert(packed, n, k, CODES[codes], group_size, OFFSETS[offset], SCALES[scale])
+    if packed.is_cuda:
+        torch.cuda.current_stream(packed.device).synchronize()
     _converted[packed] = (packed._version, spec, weight)
     return weight
 

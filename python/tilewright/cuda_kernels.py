@@ -142,7 +142,7 @@ def kv_append_quantized(*arguments: object) -> None:
 
 def gather(source: Tensor, target: Tensor, from_index: Tensor | None = None, to_index: Tensor | None = None) -> Tensor:
     """target[to_index[i]] = source[from_index[i]], both (rows, heads, tokens, dim) of one dtype, indices int64 or None
-    for 0, 1, 2, ...: reorders a cache by beams, copies pages. Indices outside are passed over. Returns ``target``."""
+    for 0, 1, 2, ...: beams, pages. Indices outside are passed over. Returns ``target``."""
     launch("gather", source, from_index, to_index, target)
     return target
 

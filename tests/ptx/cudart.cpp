@@ -48,6 +48,7 @@ struct Runtime {
   std::string launches;  // JSON, of each launch since they were last taken
   std::string problem;   // what could not be loaded: said when it is used
   bool capturing = false;
+  int device = 0;  // the current one
 };
 Runtime& runtime() {
   static Runtime r;
@@ -100,7 +101,7 @@ ptx::Kernel* kernel_of(const void* function) {
   return &found->second.library->kernel(found->second.name);
 }
 
-Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t shared) {
+Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t shared, void* stream) {
   Runtime& r = runtime();
   std::string name = "?";
   const auto record = [&](const std::string& more) {
@@ -108,7 +109,8 @@ Error launch(const void* function, Dim3 grid, Dim3 block, void** args, size_t sh
                   ", \"grid\": [" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
                   std::to_string(grid.z) + "], \"block\": [" + std::to_string(block.x) + ", " +
                   std::to_string(block.y) + ", " + std::to_string(block.z) +
-                  "], \"shared\": " + std::to_string(shared) + ", " + more + "}";
+                  "], \"shared\": " + std::to_string(shared) + ", \"device\": " + std::to_string(r.device) +
+                  ", \"stream\": " + std::to_string(reinterpret_cast<uintptr_t>(stream)) + ", " + more + "}";
   };
   ptx::Kernel* k;
   try {
@@ -175,6 +177,7 @@ PTX_API ptx::Kernel* ptx_runtime_kernel(const char* name, int first, int end) {
       return &entry.library->kernel(name);
   return nullptr;
 }
+PTX_API int ptx_runtime_device() { return runtime().device; }
 PTX_API void ptx_runtime_options(uint64_t seed, int resident, uint64_t max_warp_instructions, int capturing) {
   runtime().options.seed = seed, runtime().options.resident = resident;
   runtime().options.max_warp_instructions = max_warp_instructions;
@@ -234,17 +237,22 @@ PTX_API Error __cudaGetKernel(const void** kernel, const void* function) {
   return kSuccess;
 }
 PTX_API Error cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** args, size_t shared,
-                               void*) {
-  return launch(function, grid, block, args, shared);
+                               void* stream) {
+  return launch(function, grid, block, args, shared, stream);
 }
 PTX_API Error __cudaLaunchKernel(const void* kernel, Dim3 grid, Dim3 block, void** args, size_t shared,
-                                 void*) {
-  return launch(kernel, grid, block, args, shared);
+                                 void* stream) {
+  return launch(kernel, grid, block, args, shared, stream);
 }
 
-PTX_API Error cudaGetDeviceCount(int* n) { return *n = 1, kSuccess; }
-PTX_API Error cudaGetDevice(int* n) { return *n = 0, kSuccess; }
-PTX_API Error cudaSetDevice(int n) { return n == 0 ? kSuccess : failed(kInvalidDevice); }
+// Two devices of one kind, whose memory is the same.
+PTX_API Error cudaGetDeviceCount(int* n) { return *n = 2, kSuccess; }
+PTX_API Error cudaGetDevice(int* n) { return *n = runtime().device, kSuccess; }
+PTX_API Error cudaSetDevice(int n) {
+  if (n < 0 || n > 1) return failed(kInvalidDevice);
+  runtime().device = n;
+  return kSuccess;
+}
 
 // Of an A100; the numbers are cudaDeviceAttr's.
 PTX_API Error cudaDeviceGetAttribute(int* value, int attribute, int) {

@@ -25,6 +25,8 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
+    device: int  # the current one, of two
+    stream: int
     report: Report
 
 
@@ -107,7 +109,8 @@ class HostLibrary:
             report = parse_report(kernel.name, kernel.instructions, json.dumps(raw["report"]).encode())
             if check:
                 report.check()
-            launches.append(Launch(kernel.name, tuple(raw["grid"]), tuple(raw["block"]), raw["shared"], report))
+            numbers = (raw["shared"], raw["device"], raw["stream"])
+            launches.append(Launch(kernel.name, tuple(raw["grid"]), tuple(raw["block"]), *numbers, report))
         if failure is not None:
             raise failure
 

@@ -48,10 +48,24 @@ def register(
 
     _library.define(schema)
     _library.impl(name, kernel, "CPU")
-    _library.impl(name, kernel if on_gpu else nowhere, "CUDA")
+    _library.impl(name, on_one_device(name, kernel) if on_gpu else nowhere, "CUDA")
     torch.library.register_fake(f"tilewright::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def on_one_device(name: str, kernel: Callable) -> Callable:
+    """``kernel``, but a ValueError for tensors of several devices, which the dispatcher lets pass: a GPU's kernel would
+    take their addresses for its own."""
+
+    def checked(*arguments: object) -> object:
+        devices = {t.device for t in arguments if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name.rstrip('_')}: all tensors must be on one device, got some on {found}; move them")
+        return kernel(*arguments)
+
+    return checked
 
 
 def direct(*tensors: Tensor | None) -> bool:
