@@ -339,7 +339,7 @@ void many_rows(const LinearArgs& a, int64_t block, int64_t m_begin, int64_t m_en
 // From how many rows on codes and scales that are decoded once are worth their way through L1
 // (bench/NOTES.md).
 template <Read r, Run length>
-int64_t panel_from(const PackedWeight& w) {
+int64_t panel_from([[maybe_unused]] const PackedWeight& w) {
   [[maybe_unused]] constexpr int64_t kNever = INT64_MAX;
 #if defined(TW_TILES)
   if (length != Run::half) return kRows + 1;

@@ -228,8 +228,8 @@ struct StepReader {
 struct Prefetch {
   const uint8_t* at = nullptr;
   int bytes = 0;
-  // Where two streams are read the processor itself follows them, once it has seen the head of a page; beside
-  // the scales and minima of two levels it does not.
+  // For a pass that is over before all could arrive: the processor itself follows a stream whose page's head
+  // it has seen.
   bool heads = false;
   static constexpr uintptr_t kPage = 4096, kHead = 512;
   TW_INLINE void next() {
