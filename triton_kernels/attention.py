@@ -143,7 +143,8 @@ def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
         shapes = [(32, 4, 3), (16, 4, 1)] if block == 16 else [(32, 8, 2), (16, 8, 1)]
     else:
         shapes = [(32, 8, 2), (16, 8, 1)] if block <= 32 else []
-    return [tile({"BLOCK_M": block, "BLOCK_N": n}, w, s, all_registers=fp32 or block == 32) for n, w, s in shapes]
+    every = fp32 or block == 32 or score_bytes(t) > 0
+    return [tile({"BLOCK_M": block, "BLOCK_N": n}, w, s, all_registers=every) for n, w, s in shapes]
 
 
 def _shared(config: triton.Config, t: Operands) -> int:
@@ -225,6 +226,7 @@ def _forward(
         start = first // BLOCK_N * BLOCK_N
         whole_start = tl.maximum(tl.cdiv(whole_first, BLOCK_N) * BLOCK_N, start)
         whole_stop = tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole_start)
+        PRECISION: tl.constexpr = exactly(BLOCK_D, BLOCK_V)
         SIMPLE: tl.constexpr = SPLIT or q.dtype.element_ty == tl.float32  # one loop: less code
         for part in tl.static_range(2 if SIMPLE else 0 if LEFT else 1, 3):
             if SIMPLE:
@@ -259,7 +261,7 @@ def _forward(
                 else:
                     k_tile = tl.load(k + k_at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
                     v_tile = tl.load(v + v_at[:, None] + e[None, :], mask=(e < V_DIM)[None, :], other=0.0)
-                raw = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision=exactly())
+                raw = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision=PRECISION)
                 s, _capped = scores(
                     raw, query, head, row_ok, key, n + BLOCK_N - 1, batch_row, begin, length, shift, mask, bias, alibi,
                     mask_strides, bias_strides, alibi_stride, scale, cap, left, right, part != 1, CAUSAL, LEFT, RIGHT,
@@ -280,7 +282,7 @@ def _forward(
                 if keep_limit is not None:
                     p = tl.where(kept(hash_first, hash_second, key, keep_limit), p, 0.0)
                 total = total * shrink[:, None]
-                total = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), total, input_precision=exactly())
+                total = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), total, input_precision=PRECISION)
                 top = new_top
 
         if not known:

@@ -122,7 +122,9 @@ def _bias(t: Operands, arguments: dict) -> Tensor:
         return grad
     full = grad.view((1,) * (4 - grad.dim()) + grad.shape)
     wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
-    block_m, block_n, warps = (16, 16, 4) if fp32 or 128 < wide <= 256 else (16, 32, 8) if wide > 256 else (32, 32, 8)
+    block_m, block_n, warps = (16, 32, 8) if wide > 256 else (16, 16, 4) if wide > 128 else (32, 32, 8)
+    if fp32:
+        block_m, block_n, warps = 16, 16, 8 if wide == 128 else 4
     tiles = (full.shape[0], full.shape[1], triton.cdiv(full.shape[2], block_m), triton.cdiv(full.shape[3], block_n))
     run(
         _grad_bias,
@@ -204,7 +206,7 @@ def _tile_gradient(
     SLOPE_UNIT: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, gradient of the scores, that times softcap's derivative) of a tile (rows, keys)."""
-    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=exactly())
+    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=exactly(k_tile.shape[1], v_tile.shape[1]))
     s, t = scores(
         raw, query, head, row_ok, key, last, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
         alibi_stride, scale, cap, left, right, True, CAUSAL, LEFT, RIGHT, SOFTCAP, SLOPE_UNIT,
@@ -212,7 +214,7 @@ def _tile_gradient(
     s = tl.where(row_ok[:, None] & (key >= 0)[None, :], s, float("-inf"))
     whole = tl.where(lse_row == float("-inf"), 0.0, lse_row) * SLOPE_UNIT
     p = tl.exp2((s - whole[:, None]) * UNIT)
-    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=exactly())
+    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=exactly(k_tile.shape[1], v_tile.shape[1]))
     used = p
     if keep_limit is not None:
         first, second = dropout_rows(seed, b, head, query)
@@ -289,8 +291,8 @@ def _grad_kv(
                 shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right,
                 keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
             )  # fmt: skip
-            dv = tl.dot(tl.trans(used.to(g_tile.dtype)), g_tile, dv, input_precision=exactly())
-            dk = tl.dot(tl.trans(grad_raw.to(q_tile.dtype)), q_tile, dk, input_precision=exactly())
+            dv = tl.dot(tl.trans(used.to(g_tile.dtype)), g_tile, dv, input_precision=exactly(BLOCK_D, BLOCK_V))
+            dk = tl.dot(tl.trans(grad_raw.to(q_tile.dtype)), q_tile, dk, input_precision=exactly(BLOCK_D, BLOCK_V))
         dk *= grad_scale
         if not known:
             dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
@@ -372,7 +374,7 @@ def _grad_q(
                 distance = tl.abs(key[None, :] - (query + shift)[:, None]).to(tl.float32)
                 # Not the product itself: contracted with the sum, it would round differently in lanes that share a row.
                 slope -= tl.sum(tl.where(grad_s != 0.0, grad_s * distance, 0.0), 1)
-            dq = tl.dot(grad_raw.to(q_tile.dtype), k_tile, dq, input_precision=exactly())
+            dq = tl.dot(grad_raw.to(q_tile.dtype), k_tile, dq, input_precision=exactly(BLOCK_D, BLOCK_V))
         dq *= grad_scale
         if not known:
             dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)

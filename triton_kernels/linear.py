@@ -3,9 +3,9 @@ each with a matrix of its own, in the same kernels.
 
 Up to 4 rows a program multiplies a few rows of w by all of x with plain multiply-adds: N*K*bits/8 bytes decide. More
 rows: tiles of w are dequantised to the type that x is multiplied in (fp32: `special.exactly`) and go to tensor cores;
-2*M*N*K operations decide from about M = 100 on. Per output, the sum over K is one accumulator in ascending order whatever the tile, so a row's
-bits do not depend on M within either kernel. With integer activations codes are multiplied exactly, 32 columns at a
-time, and scaled into an fp32 sum.
+2*M*N*K operations decide from about M = 100 on. Per output, the sum over K is one accumulator in ascending order
+whatever the tile, so a row's bits do not depend on M within either kernel. With integer activations codes are
+multiplied exactly, 32 columns at a time, and scaled into an fp32 sum.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _gemm(x, codes, scales, offsets, table, bias, out, sizes, m, n, k, x_stride,
             w = _scaled(code, scales, offsets, table, group, known, MIDDLE, OFFSET).to(DTYPE)
             halves = halves + (w,)  # noqa: RUF005
         w = tl.reshape(tl.permute(tl.join(halves[0], halves[1]), (0, 2, 1)), (BLOCK_N, 64))
-        total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision=exactly())
+        total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision=exactly(64))
     _store(total, bias, out, row, end, column, n, of_rows)
 
 
