@@ -122,9 +122,7 @@ def _bias(t: Operands, arguments: dict) -> Tensor:
         return grad
     full = grad.view((1,) * (4 - grad.dim()) + grad.shape)
     wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
-    block_m, block_n, warps = (16, 32, 8) if wide > 256 else (16, 16, 4) if wide > 128 else (32, 32, 8)
-    if fp32:
-        block_m, block_n, warps = 16, 16, 8 if wide == 128 else 4
+    block_m, block_n, warps = (16, 16, 4) if fp32 or 128 < wide <= 256 else (16, 32, 8) if wide > 256 else (32, 32, 8)
     tiles = (full.shape[0], full.shape[1], triton.cdiv(full.shape[2], block_m), triton.cdiv(full.shape[3], block_n))
     run(
         _grad_bias,
@@ -203,10 +201,10 @@ def _tile_gradient(
     q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length, shift, mask,
     bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit, drop_scale,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOPE_UNIT: tl.constexpr,
+    SLOPE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, gradient of the scores, that times softcap's derivative) of a tile (rows, keys)."""
-    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=exactly(k_tile.shape[1], v_tile.shape[1]))
+    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     s, t = scores(
         raw, query, head, row_ok, key, last, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
         alibi_stride, scale, cap, left, right, True, CAUSAL, LEFT, RIGHT, SOFTCAP, SLOPE_UNIT,
@@ -214,7 +212,7 @@ def _tile_gradient(
     s = tl.where(row_ok[:, None] & (key >= 0)[None, :], s, float("-inf"))
     whole = tl.where(lse_row == float("-inf"), 0.0, lse_row) * SLOPE_UNIT
     p = tl.exp2((s - whole[:, None]) * UNIT)
-    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=exactly(k_tile.shape[1], v_tile.shape[1]))
+    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
     used = p
     if keep_limit is not None:
         first, second = dropout_rows(seed, b, head, query)
@@ -289,7 +287,7 @@ def _grad_kv(
             used, _grad_s, grad_raw = _tile_gradient(
                 q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length,
                 shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right,
-                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT, exactly(BLOCK_D, BLOCK_V),
             )  # fmt: skip
             dv = tl.dot(tl.trans(used.to(g_tile.dtype)), g_tile, dv, input_precision=exactly(BLOCK_D, BLOCK_V))
             dk = tl.dot(tl.trans(grad_raw.to(q_tile.dtype)), q_tile, dk, input_precision=exactly(BLOCK_D, BLOCK_V))
@@ -365,7 +363,7 @@ def _grad_q(
             _used, grad_s, grad_raw = _tile_gradient(
                 q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length,
                 shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right,
-                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT, exactly(BLOCK_D, BLOCK_V),
             )  # fmt: skip
             if mask is not None or bias is not None:  # what no row attends may be anything
                 attended = tl.max((grad_s != 0.0).to(tl.int32), 0) > 0
@@ -452,6 +450,7 @@ def _grad_bias(
                         q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin,
                         length, shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap,
                         left, right, keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                        exactly(BLOCK_D + BLOCK_V),  # registers hold the parts of both products' operands at once
                     )  # fmt: skip
                     total += grad_s
     row, column = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
