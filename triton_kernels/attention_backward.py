@@ -122,7 +122,10 @@ def _bias(t: Operands, arguments: dict) -> Tensor:
         return grad
     full = grad.view((1,) * (4 - grad.dim()) + grad.shape)
     wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
-    block_m, block_n, warps = (16, 16, 4) if fp32 or 128 < wide <= 256 else (16, 32, 8) if wide > 256 else (32, 32, 8)
+    if wide > 256:
+        block_m, block_n, warps = 16, 16 if fp32 else 32, 8
+    else:
+        block_m, block_n, warps = (16, 16, 4) if fp32 or wide > 128 else (32, 32, 8)
     tiles = (full.shape[0], full.shape[1], triton.cdiv(full.shape[2], block_m), triton.cdiv(full.shape[3], block_n))
     run(
         _grad_bias,
