@@ -42,8 +42,8 @@ COSTLY = {
     ("norm", "_norm"): (1.05, 1.2),  # 4,200 columns: the last line is short
     ("forward_split", "_merge"): (1.05, 1.2),  # two numbers a row
     **{
-        (f"bias_of_{of}", kernel): (1.05, 2.4)  # 50 columns: an element at a time
-        for of in ("rows_and_keys", "keys") for kernel in ("_forward", "_grad_kv", "_grad_q", "_grad_bias")
+        ("bias_of_rows_and_keys", kernel): (1.05, 2.4)  # 50 columns: an element at a time
+        for kernel in ("_forward", "_grad_kv", "_grad_q", "_grad_bias")
     },
 }  # fmt: skip
 
