@@ -19,7 +19,8 @@ OTHER_BIAS = "a sum that this bias does not need; another case's does"
 # The beginning of a line of triton_kernels, and why instructions of it may not have been executed.
 EXPLAINED = {
     "for ": NO_TURN,
-    "key = n + tl.arange(": NO_TURN,
+    "key = n + tl.arange(": OTHER_TILES,
+    "key, last = n": OTHER_TILES,
     "value = _elements(": OTHER_TILES,
     "key_ok = key < length": MASKED,
     "tl.store(lse": LOGARITHM,
