@@ -21,6 +21,7 @@ EXPLAINED = {
     "for ": NO_TURN,
     "key = n + tl.arange(": OTHER_TILES,
     "key, last = n": OTHER_TILES,
+    "seen = (key >= 0)": OTHER_TILES,
     "value = _elements(": OTHER_TILES,
     "key_ok = key < length": MASKED,
     "tl.store(lse": LOGARITHM,
