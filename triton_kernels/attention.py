@@ -30,6 +30,7 @@ from tilewright.triton_kernels.attention_scores import (
     tile_of_sequence,
 )
 from tilewright.triton_kernels.launch import fitting, run, tile, with_room
+from tilewright.triton_kernels.special import exactly
 
 _CHUNK = 256  # keys of a program where keys are split
 _FEW = 64  # rows up to which they are
@@ -104,10 +105,11 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int, configs: list
 
 def _many_rows(t: Operands) -> list[triton.Config]:
     """Tiles of (rows, keys), the preferred one first. Larger ones spill registers: docs/gpu.md."""
-    wide = max(head_blocks(t))
-    if t.q.dtype == torch.float32:  # multiply-adds without tensor cores
+    wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
+    features = t.mask is not None or t.bias is not None or t.seed is not None
+    if fp32:  # three products each: more registers
         shapes = [(32, 32, 4, 1)] if wide <= 64 else [(32, 16, 8, 1)] if wide <= 128 else [(16, 16, 8, 1)]
-    elif t.mask is not None or t.bias is not None or t.seed is not None:  # what they load and hash takes registers
+    elif features:  # what they load and hash takes registers
         if wide <= 64:
             shapes = [(64, 32, 4, 2), (32, 32, 4, 2)]
         elif wide <= 128:
@@ -124,25 +126,25 @@ def _many_rows(t: Operands) -> list[triton.Config]:
         shapes = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     else:
         shapes = [(32, 16, 8, 2), (16, 16, 4, 1)]
-    fp32 = t.q.dtype == torch.float32
-    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 and wide == 128) for m, n, w, s in shapes]
+    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 or features) for m, n, w, s in shapes]
 
 
 def _few_rows(t: Operands, rows: int) -> list[triton.Config]:
     """One tile of all ``rows`` rows, where reading keys and values decides."""
-    wide, block = max(head_blocks(t)), max(16, triton.next_power_of_2(rows))
-    if t.q.dtype == torch.float32:
+    wide, block, fp32 = max(head_blocks(t)), max(16, triton.next_power_of_2(rows)), t.q.dtype == torch.float32
+    if fp32:
         if block == 64 and wide > 64:
             shapes = []
         else:
             shapes = [(16, 4, 1)] if wide <= 128 and block == 16 else [(16, 8, 1)]
     elif wide <= 128:
-        shapes = [(32, 4, 3), (32, 4, 2)] if block == 64 and score_bytes(t) else [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
+        shapes = [(32, 8, 3), (32, 8, 2)] if block == 64 and score_bytes(t) else [(64, 4, 3), (32, 4, 3), (32, 4, 2)]
     elif wide <= 256:
         shapes = [(32, 4, 3), (16, 4, 1)] if block == 16 else [(32, 8, 2), (16, 8, 1)]
     else:
         shapes = [(32, 8, 2), (16, 8, 1)] if block <= 32 else []
-    return [tile({"BLOCK_M": block, "BLOCK_N": n}, w, s) for n, w, s in shapes]
+    every = fp32 or block == 32 or score_bytes(t) > 0
+    return [tile({"BLOCK_M": block, "BLOCK_N": n}, w, s, all_registers=every) for n, w, s in shapes]
 
 
 def _shared(config: triton.Config, t: Operands) -> int:
@@ -219,16 +221,18 @@ def _forward(
             weight = tl.where(top == float("-inf"), 0.0, 1.0)
         total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-        # Parts: blocks of keys that a window's left edge cuts; blocks that all rows see whole; the others.
+        # Parts: blocks of keys that a window's left edge cuts; blocks that all rows see whole; the others. Each begins
+        # at a multiple of BLOCK_N, for the compiler to see what may be loaded together.
         start = first // BLOCK_N * BLOCK_N
-        whole_start = tl.minimum(tl.maximum(tl.cdiv(whole_first, BLOCK_N) * BLOCK_N, start), end)
+        whole_start = tl.maximum(tl.cdiv(whole_first, BLOCK_N) * BLOCK_N, start)
         whole_stop = tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole_start)
+        PRECISION: tl.constexpr = exactly(BLOCK_D, BLOCK_V)
         SIMPLE: tl.constexpr = SPLIT or q.dtype.element_ty == tl.float32  # one loop: less code
         for part in tl.static_range(2 if SIMPLE else 0 if LEFT else 1, 3):
             if SIMPLE:
                 part_start, part_stop = start, end
             elif part == 0:
-                part_start, part_stop = start, whole_start
+                part_start, part_stop = start, tl.minimum(whole_start, end)
             elif part == 1:
                 part_start, part_stop = whole_start if LEFT else start, whole_stop
             else:
@@ -257,11 +261,11 @@ def _forward(
                 else:
                     k_tile = tl.load(k + k_at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
                     v_tile = tl.load(v + v_at[:, None] + e[None, :], mask=(e < V_DIM)[None, :], other=0.0)
-                raw = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision="ieee")
+                raw = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision=PRECISION)
                 s, _capped = scores(
-                    raw, query, head, row_ok, key, batch_row, begin, length, shift, mask, bias, alibi, mask_strides,
-                    bias_strides, alibi_stride, scale, cap, left, right, part != 1, CAUSAL, LEFT, RIGHT, SOFTCAP,
-                    SLOPE_UNIT,
+                    raw, query, head, row_ok, key, n + BLOCK_N - 1, batch_row, begin, length, shift, mask, bias, alibi,
+                    mask_strides, bias_strides, alibi_stride, scale, cap, left, right, part != 1, CAUSAL, LEFT, RIGHT,
+                    SOFTCAP, SLOPE_UNIT,
                 )  # fmt: skip
                 if block_table is not None:  # a page that does not exist
                     s = tl.where(((key < end) & ~present)[None, :] & (s != float("-inf")), float("nan"), s)
@@ -278,7 +282,7 @@ def _forward(
                 if keep_limit is not None:
                     p = tl.where(kept(hash_first, hash_second, key, keep_limit), p, 0.0)
                 total = total * shrink[:, None]
-                total = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), total, input_precision="ieee")
+                total = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), total, input_precision=PRECISION)
                 top = new_top
 
         if not known:

@@ -27,6 +27,7 @@ from tilewright.triton_kernels.attention_scores import (
     tile_of_sequence,
 )
 from tilewright.triton_kernels.launch import fitting, run, tile
+from tilewright.triton_kernels.special import exactly
 
 _OP = "attention"
 
@@ -121,13 +122,16 @@ def _bias(t: Operands, arguments: dict) -> Tensor:
         return grad
     full = grad.view((1,) * (4 - grad.dim()) + grad.shape)
     wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
-    block_m, block_n, warps = (16, 16, 4) if fp32 or 128 < wide <= 256 else (16, 32, 8) if wide > 256 else (32, 32, 8)
+    if wide > 256:
+        block_m, block_n, warps = 16, 16 if fp32 else 32, 8
+    else:
+        block_m, block_n, warps = (16, 16, 4) if fp32 or wide > 128 else (32, 32, 8)
     tiles = (full.shape[0], full.shape[1], triton.cdiv(full.shape[2], block_m), triton.cdiv(full.shape[3], block_n))
     run(
         _grad_bias,
         tiles[0] * tiles[1] * tiles[2] * tiles[3],
         arguments | {"grad_bias": full, "sizes": tuple(full.shape), "heads": t.q.shape[1]},
-        [tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, 1)],
+        [tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, 1, all_registers=fp32)],
     )
     return grad
 
@@ -145,24 +149,24 @@ def _slopes(t: Operands, rows: Tensor) -> Tensor:
 
 def _configs(t: Operands, of_keys: bool) -> list[triton.Config]:
     """Tiles of (rows, keys), the preferred one first. Larger ones spill registers: docs/gpu.md."""
-    wide = max(head_blocks(t))
-    if t.q.dtype == torch.float32:  # multiply-adds without tensor cores
+    wide, fp32 = max(head_blocks(t)), t.q.dtype == torch.float32
+    features = t.mask is not None or t.bias is not None or t.seed is not None  # they take registers
+    if fp32:  # three products each: more registers
         if wide <= 64:
-            shapes = [(32, 32, 8, 1)]
+            shapes = [(32, 32, 8, 1)] if of_keys else [(32, 16, 8, 1)]
         else:
             shapes = [(16, 16, 4, 1)] if wide <= 128 and not of_keys else [(16, 16, 8, 1)]
     elif wide <= 64:
         shapes = [(32, 32, 4, 2)] if of_keys else [(64, 32, 4, 2), (32, 32, 4, 2)]
     elif wide <= 128:
-        features = t.mask is not None or t.bias is not None or t.seed is not None  # they take registers
         shapes = [(32, 64, 8, 2)] if of_keys else [(32, 32, 8, 2)] if features else [(64, 32, 8, 2)]
         shapes += [(32, 32, 8, 1)]
     else:
         shapes = [(32, 32, 8, 1), (16, 16, 4, 1)] if wide <= 256 else [(16, 16, 8, 1)]
-        if wide <= 256 and not of_keys and (t.mask is not None or t.bias is not None or t.seed is not None):
+        if wide <= 256 and not of_keys and features:
             shapes = [(32, 16, 8, 1), (16, 16, 4, 1)]
-    fp32 = t.q.dtype == torch.float32
-    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=fp32 and wide > 128) for m, n, w, s in shapes]
+    every = fp32 or features
+    return [tile({"BLOCK_M": m, "BLOCK_N": n}, w, s, all_registers=every or m == 16) for m, n, w, s in shapes]
 
 
 def _shared(config: triton.Config, t: Operands, of_keys: bool) -> int:
@@ -197,21 +201,21 @@ def _delta(grad_out, out, lse, grad_lse, delta, grad_strides, out_strides, count
 
 @triton.jit
 def _tile_gradient(
-    q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length, shift, mask, bias,
-    alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit, drop_scale,
+    q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length, shift, mask,
+    bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit, drop_scale,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
-    SLOPE_UNIT: tl.constexpr,
+    SLOPE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout, gradient of the scores, that times softcap's derivative) of a tile (rows, keys)."""
-    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     s, t = scores(
-        raw, query, head, row_ok, key, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
+        raw, query, head, row_ok, key, last, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
         alibi_stride, scale, cap, left, right, True, CAUSAL, LEFT, RIGHT, SOFTCAP, SLOPE_UNIT,
     )  # fmt: skip
     s = tl.where(row_ok[:, None] & (key >= 0)[None, :], s, float("-inf"))
     whole = tl.where(lse_row == float("-inf"), 0.0, lse_row) * SLOPE_UNIT
     p = tl.exp2((s - whole[:, None]) * UNIT)
-    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+    grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
     used = p
     if keep_limit is not None:
         first, second = dropout_rows(seed, b, head, query)
@@ -251,6 +255,7 @@ def _grad_kv(
     if tile * BLOCK_N < length:
         shift = diagonal_shift(count, length, CAUSAL)
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        last = tile * BLOCK_N + BLOCK_N - 1
         key_ok = key < length
         d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
         inside_k, inside_v = key_ok[:, None] & (d < HEAD_DIM)[None, :], key_ok[:, None] & (e < V_DIM)[None, :]
@@ -283,12 +288,12 @@ def _grad_kv(
             lse_row = tl.load(lse + row_at, mask=row_ok, other=0.0)
             delta_row = tl.load(delta + row_at, mask=row_ok, other=0.0)
             used, _grad_s, grad_raw = _tile_gradient(
-                q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length, shift,
-                mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit,
-                drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length,
+                shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right,
+                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT, exactly(BLOCK_D, BLOCK_V),
             )  # fmt: skip
-            dv = tl.dot(tl.trans(used.to(g_tile.dtype)), g_tile, dv, input_precision="ieee")
-            dk = tl.dot(tl.trans(grad_raw.to(q_tile.dtype)), q_tile, dk, input_precision="ieee")
+            dv = tl.dot(tl.trans(used.to(g_tile.dtype)), g_tile, dv, input_precision=exactly(BLOCK_D, BLOCK_V))
+            dk = tl.dot(tl.trans(grad_raw.to(q_tile.dtype)), q_tile, dk, input_precision=exactly(BLOCK_D, BLOCK_V))
         dk *= grad_scale
         if not known:
             dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
@@ -348,7 +353,7 @@ def _grad_q(
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         slope = tl.zeros([BLOCK_M], tl.float32)
         for n in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
-            key = n + tl.arange(0, BLOCK_N)
+            key, last = n + tl.arange(0, BLOCK_N), n + BLOCK_N - 1
             seen = (key >= first) & (key < end)
             k_tile = tl.load(
                 k + key.to(tl.int64)[:, None] * k_strides[2] + d[None, :],
@@ -359,9 +364,9 @@ def _grad_q(
                 mask=seen[:, None] & (e < V_DIM)[None, :], other=0.0,
             ).to(q_tile.dtype)  # fmt: skip
             _used, grad_s, grad_raw = _tile_gradient(
-                q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length, shift,
-                mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right, keep_limit,
-                drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin, length,
+                shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left, right,
+                keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT, exactly(BLOCK_D, BLOCK_V),
             )  # fmt: skip
             if mask is not None or bias is not None:  # what no row attends may be anything
                 attended = tl.max((grad_s != 0.0).to(tl.int32), 0) > 0
@@ -370,7 +375,7 @@ def _grad_q(
                 distance = tl.abs(key[None, :] - (query + shift)[:, None]).to(tl.float32)
                 # Not the product itself: contracted with the sum, it would round differently in lanes that share a row.
                 slope -= tl.sum(tl.where(grad_s != 0.0, grad_s * distance, 0.0), 1)
-            dq = tl.dot(grad_raw.to(q_tile.dtype), k_tile, dq, input_precision="ieee")
+            dq = tl.dot(grad_raw.to(q_tile.dtype), k_tile, dq, input_precision=exactly(BLOCK_D, BLOCK_V))
         dq *= grad_scale
         if not known:
             dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
@@ -435,6 +440,7 @@ def _grad_bias(
                 delta_row = tl.load(delta + at, mask=row_ok, other=0.0)
                 for n in range(first_n, last_n, BLOCK_N):
                     key = (n - begin).to(tl.int32) + tl.arange(0, BLOCK_N)
+                    last = (n - begin).to(tl.int32) + BLOCK_N - 1
                     seen = (key >= 0) & (key < length)
                     column = begin + key
                     key_at = k_row * k_strides[0] + kv_head * k_strides[1] + column * k_strides[2]
@@ -444,9 +450,10 @@ def _grad_bias(
                     known_v = seen[:, None] & (e < V_DIM)[None, :]
                     v_tile = tl.load(v + key_at[:, None] + e[None, :], mask=known_v, other=0.0).to(q_tile.dtype)
                     _used, grad_s, _grad_raw = _tile_gradient(
-                        q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, b, begin, length,
-                        shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap, left,
-                        right, keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                        q_tile, k_tile, v_tile, g_tile, lse_row, delta_row, query, head, row_ok, key, last, b, begin,
+                        length, shift, mask, bias, alibi, seed, mask_strides, bias_strides, alibi_stride, scale, cap,
+                        left, right, keep_limit, drop_scale, CAUSAL, LEFT, RIGHT, SOFTCAP, UNIT, SLOPE_UNIT,
+                        exactly(BLOCK_D + BLOCK_V),  # registers hold the parts of both products' operands at once
                     )  # fmt: skip
                     total += grad_s
     row, column = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -107,11 +107,26 @@ def query_range(low_key, high_key, shift, count, left, right, CAUSAL: tl.constex
 
 
 @triton.jit
-def scores(raw, query, head, row_ok, key, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
+def _elements(row, stride, row_ok, begin, key, last, length, CHECKED: tl.constexpr):
+    """A mask's or a bias's elements (rows, keys): where keys end within the tile a thread loads one at a time."""
+    place = row[:, None] + (begin + key)[None, :] * stride
+    inside = row_ok[:, None]
+    if CHECKED:
+        if last < length:
+            value = tl.load(place, mask=inside, other=0)
+        else:
+            value = tl.load(place, mask=inside & (key < length)[None, :], other=0)
+    else:
+        value = tl.load(place, mask=inside, other=0)
+    return value
+
+
+@triton.jit
+def scores(raw, query, head, row_ok, key, last, b, begin, length, shift, mask, bias, alibi, mask_strides, bias_strides,
            alibi_stride, scale, cap, left, right, CHECKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
            RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, SLOPE_UNIT: tl.constexpr):  # fmt: skip
-    """(scores, softcap's tanh or the scores again) of q k^T = ``raw`` (rows, keys), -inf where hidden. CHECKED: the
-    range of keys may end within the tile."""
+    """(scores, softcap's tanh or the scores again) of q k^T = ``raw`` (rows, keys), -inf where hidden. ``last``:
+    the tile's last key. CHECKED: the range of keys may end within the tile."""
     t = raw * scale
     s = t
     if SOFTCAP:
@@ -130,18 +145,14 @@ def scores(raw, query, head, row_ok, key, b, begin, length, shift, mask, bias, a
             hidden |= distance > right
         if LEFT:
             hidden |= distance < -left
-    if mask is not None or bias is not None:
-        inside = row_ok[:, None] & (key < length)[None, :]
-        column = begin + key
     if bias is not None:
-        at = (b * bias_strides[0] + head.to(tl.int64) * bias_strides[1] + query.to(tl.int64) * bias_strides[2])[:, None]
-        value = tl.load(bias + at + column[None, :] * bias_strides[3], mask=inside, other=0.0).to(tl.float32)
+        row = bias + b * bias_strides[0] + head.to(tl.int64) * bias_strides[1] + query.to(tl.int64) * bias_strides[2]
+        value = _elements(row, bias_strides[3], row_ok, begin, key, last, length, CHECKED).to(tl.float32)
         s += value
         hidden |= value == float("-inf")
     if mask is not None:
-        at = (b * mask_strides[0] + head.to(tl.int64) * mask_strides[1] + query.to(tl.int64) * mask_strides[2])[:, None]
-        value = tl.load(mask + at + column[None, :] * mask_strides[3], mask=inside, other=0)
-        hidden |= value == 0
+        row = mask + b * mask_strides[0] + head.to(tl.int64) * mask_strides[1] + query.to(tl.int64) * mask_strides[2]
+        hidden |= _elements(row, mask_strides[3], row_ok, begin, key, last, length, CHECKED) == 0
     return tl.where(hidden, float("-inf"), s), t
 
 

@@ -2,10 +2,10 @@
 each with a matrix of its own, in the same kernels.
 
 Up to 4 rows a program multiplies a few rows of w by all of x with plain multiply-adds: N*K*bits/8 bytes decide. More
-rows: tiles of w are dequantised to the type that x is multiplied in and go to tensor cores; 2*M*N*K operations decide
-from about M = 100 on. Per output, the sum over K is one accumulator in ascending order whatever the tile, so a row's
-bits do not depend on M within either kernel. With integer activations codes are multiplied exactly, 32 columns at a
-time, and scaled into an fp32 sum.
+rows: tiles of w are dequantised to the type that x is multiplied in (fp32: `special.exactly`) and go to tensor cores;
+2*M*N*K operations decide from about M = 100 on. Per output, the sum over K is one accumulator in ascending order
+whatever the tile, so a row's bits do not depend on M within either kernel. With integer activations codes are
+multiplied exactly, 32 columns at a time, and scaled into an fp32 sum.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from tilewright.triton_kernels.launch import check_floats, fitting, run, tile
 from tilewright.triton_kernels.rounding import quantised, rounded
+from tilewright.triton_kernels.special import exactly
 from tilewright.triton_kernels.weight import GpuWeight
 
 _OP = "quantized_linear"
 _FEW = 4  # rows of x up to which the kernel without tensor cores runs
-# 512 columns a step: 16 rows of 256 or 512 bytes, a warp reads whole lines.
-_GEMV = [triton.Config({"BLOCK_N": 8, "BLOCK_K": 512}, num_warps=4, num_stages=1)]
+# 512 columns a step: 16 rows of 256 or 512 bytes, a warp reads whole lines; 16 scales of 2 bytes are a whole sector.
+_GEMV = [triton.Config({"BLOCK_N": 16, "BLOCK_K": 512}, num_warps=4, num_stages=1)]
 
 
 def _tiles(rows: int, fp32: bool) -> list[triton.Config]:
     """Tiles for `rows` rows of x, the preferred one first."""
-    if fp32:  # without tensor cores; larger tiles spill
-        shapes = [(16, 32, 4, 2)] if rows <= 16 else [(32, 32, 4, 2)]
+    if fp32:  # three products each: larger tiles spill
+        shapes = [(16, 32, 4, 2)] if rows <= 16 else [(32, 32, 8, 2)]
     elif rows <= 16:
         shapes = [(16, 64, 4, 4), (16, 32, 4, 5)]
     elif rows <= 32:
@@ -36,9 +37,9 @@ def _tiles(rows: int, fp32: bool) -> list[triton.Config]:
     elif rows <= 64:
         shapes = [(64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 2)]
     else:
-        shapes = [(128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2)]
+        shapes = [(128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2)]
     return [
-        tile({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, warps, stages, all_registers=stages > 3)
+        tile({"BLOCK_M": m, "BLOCK_N": n, "GROUPED": 8}, warps, stages, all_registers=True)
         for m, n, warps, stages in shapes
     ]
 
@@ -147,20 +148,29 @@ def _whole(code):
 
 @triton.jit
 def _scaled(code, scales, offsets, table, at, inside, MIDDLE: tl.constexpr, OFFSET: tl.constexpr):
-    """The weights of ``code``, float32; ``at``: where their scales are."""
+    """The weights of ``code``, float32; ``at``: where their scales are, of one dimension less if that shares them."""
     if scales is None:
         w = code.to(tl.float32)
     else:
-        scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+        scale = _spread(tl.load(scales + at, mask=inside, other=0.0).to(tl.float32), code)
         if table is not None:
             w = scale * tl.load(table + code)
         elif OFFSET == "min":
-            w = scale * _whole(code) + tl.load(offsets + at, mask=inside, other=0.0).to(tl.float32)
+            offset = tl.load(offsets + at, mask=inside, other=0.0).to(tl.float32)
+            w = scale * _whole(code) + _spread(offset, code)
         elif OFFSET == "zero":
-            w = scale * (_whole(code) - _whole(tl.load(offsets + at, mask=inside, other=0)))
+            w = scale * (_whole(code) - _spread(_whole(tl.load(offsets + at, mask=inside, other=0)), code))
         else:
             w = scale * (_whole(code) - MIDDLE)
     return w
+
+
+@triton.jit
+def _spread(value, code):
+    """``value`` with the number of dimensions of ``code``."""
+    if len(value.shape) < len(code.shape):
+        value = tl.expand_dims(value, -1)
+    return value
 
 
 @triton.jit
@@ -179,26 +189,30 @@ def _gemv(x, codes, scales, offsets, table, bias, out, m, n, k, x_stride, code_s
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < n)[:, None]
     PACKED: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
-    STEP: tl.constexpr = BLOCK_K // PACKED
-    element = tl.arange(0, STEP)
+    WIDTH: tl.constexpr = 8 if BITS == 16 else 16  # elements of a piece: 16 bytes, and columns that share a scale
+    PIECES: tl.constexpr = BLOCK_K // PACKED // WIDTH
+    piece, within = tl.arange(0, PIECES), tl.arange(0, WIDTH)
     # Of 4 bits the byte's low nibble is this column of the step, the high one the column 32 further.
-    column = element if PACKED == 1 else element // 32 * 64 + element % 32
-    start = codes + row.to(tl.int64)[:, None] * code_stride + element[None, :]
+    column = piece * WIDTH if PACKED == 1 else piece // 2 * 64 + piece % 2 * 16
+    element = piece[:, None] * WIDTH + within[None, :]
+    start = codes + row.to(tl.int64)[:, None, None] * code_stride + element[None, :, :]
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, STEP], tl.float32),)  # noqa: RUF005 (Triton has no *)
+        sums = sums + (tl.zeros([BLOCK_N, PIECES], tl.float32),)  # noqa: RUF005 (Triton has no *)
     for first in range(0, k, BLOCK_K):
-        known = inside & (element < code_stride - first // PACKED)[None, :]
-        raw = tl.load(start + first // PACKED, mask=known, other=0)
+        known = inside & (piece * WIDTH < code_stride - first // PACKED)[None, :]
+        raw = tl.load(start + first // PACKED, mask=known[:, :, None], other=0)
         for half in tl.static_range(PACKED):
             at = first + column + 32 * half
             code = raw if PACKED == 1 else (raw & 15 if half == 0 else raw >> 4)
             group = _group(at, groups, GROUP)[None, :] * weight_rows + row[:, None]
             w = _scaled(code, scales, offsets, table, group, inside & (at < k)[None, :], MIDDLE, OFFSET).to(DTYPE)
+            columns = at[:, None] + within[None, :]
             added = ()
             for r in tl.static_range(ROWS):
-                value = tl.load(x + r * x_stride + at, mask=at < k, other=0.0).to(DTYPE).to(tl.float32)
-                added = added + (sums[r] + w.to(tl.float32) * value[None, :],)  # noqa: RUF005
+                value = tl.load(x + r * x_stride + columns, mask=columns < k, other=0.0).to(DTYPE)
+                part = tl.sum(w.to(tl.float32) * value[None, :, :].to(tl.float32), 2)
+                added = added + (sums[r] + part,)  # noqa: RUF005
             sums = added
     for r in tl.static_range(ROWS):
         total = tl.sum(sums[r], 1)
@@ -241,8 +255,8 @@ def _gemm(x, codes, scales, offsets, table, bias, out, sizes, m, n, k, x_stride,
     first_m, end, first_n, of_rows, columns = _tile_of(m, n, k, sizes, count, BLOCK_M, BLOCK_N, GROUPED)
     row, column = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     w_row = of_rows * n + column
-    lane = tl.arange(0, 32)
-    x_at = x + row.to(tl.int64)[:, None] * x_stride + lane[None, :]
+    lane, lanes = tl.arange(0, 32), tl.arange(0, 64)
+    x_at = x + row.to(tl.int64)[:, None] * x_stride + lanes[None, :]
     w_at = codes + w_row.to(tl.int64)[:, None] * code_stride + lane[None, :]
     known = (column < n)[:, None]
     PACKED: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
@@ -254,16 +268,20 @@ def _gemm(x, codes, scales, offsets, table, bias, out, sizes, m, n, k, x_stride,
             low = low & 15
         else:
             high = tl.load(w_at + first + 32, mask=known, other=0)
+        # Not in two products of 32 columns: a tile of x as large as one of codes would get 16 elements a thread, too.
+        a = tl.load(x_at + first, mask=(row < end)[:, None] & (lanes < k - first)[None, :], other=0.0)
+        halves = ()
         for half in tl.static_range(2):
             at = first + 32 * half
-            a = tl.load(x_at + at, mask=(row < end)[:, None] & (lane < k - at)[None, :], other=0.0)
-            code = low if half == 0 else high
             if GROUP == 16:
                 group = _group(at + lane, groups, GROUP)[None, :] * weight_rows + w_row[:, None]
             else:
                 group = _group(at, groups, GROUP) * weight_rows + w_row[:, None]
+            code = low if half == 0 else high
             w = _scaled(code, scales, offsets, table, group, known, MIDDLE, OFFSET).to(DTYPE)
-            total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision="ieee")
+            halves = halves + (w,)  # noqa: RUF005
+        w = tl.reshape(tl.permute(tl.join(halves[0], halves[1]), (0, 2, 1)), (BLOCK_N, 64))
+        total = tl.dot(a.to(DTYPE), tl.trans(w), total, input_precision=exactly(64))
     _store(total, bias, out, row, end, column, n, of_rows)
 
 
@@ -288,7 +306,6 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, sizes, m, n, k
     x_at = x + row.to(tl.int64)[:, None] * x_stride + lane[None, :]
     w_at = codes + w_row.to(tl.int64)[:, None] * code_stride + lane[None, :]
     known = (column < n)[:, None]
-    blocks = x_stride // 32
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, columns, 64):
         low = tl.load(w_at + first * BITS // 8, mask=known, other=0)
@@ -301,7 +318,7 @@ def _gemm_integer(x, x_scales, codes, scales, offsets, bias, out, sizes, m, n, k
             at = first + 32 * half
             inside = (row < end) & (at < x_stride)  # k may end before the second half
             a = tl.load(x_at + at, mask=inside[:, None], other=0)
-            x_scale = tl.load(x_scales + (row if PER_TOKEN else row * blocks + at // 32), mask=inside, other=0.0)
+            x_scale = tl.load(x_scales + (0 if PER_TOKEN else at // 32 * m) + row, mask=inside, other=0.0)
             code = ((low if half == 0 else high) - MIDDLE).to(tl.int8, bitcast=True)
             for part in tl.static_range(2 if GROUP == 16 else 1):
                 piece = a

@@ -11,18 +11,20 @@ from tilewright.triton_kernels.launch import run
 
 
 def quantised(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
-    """x (m, k) as int8 codes (m, k rounded up to 32) and their scales, (m, 1) or one for each 32 columns."""
+    """x (m, k) as int8 codes (m, k rounded up to 32) and their scales, a row of m for each 32 columns or, per_token,
+    one row: products read the scales of neighbouring rows together."""
     m, k = x.shape
     blocks = triton.cdiv(k, 32)
     padded = blocks * 32
     codes = torch.empty((m, padded), dtype=torch.int8, device=x.device)
-    scales = torch.empty((m, 1 if per_token else blocks), dtype=torch.float32, device=x.device)
-    columns = min(triton.next_power_of_2(blocks), 64) * 32
+    scales = torch.empty((1 if per_token else blocks, m), dtype=torch.float32, device=x.device)
+    rows = 1 if per_token else min(triton.next_power_of_2(m), 8)  # 8 scales are 32 bytes, what memory moves at least
+    columns = min(triton.next_power_of_2(blocks), 64 // rows) * 32
     run(
         _quantise,
-        m * (1 if per_token else triton.cdiv(padded, columns)),
-        {"x": x, "codes": codes, "scales": scales, "x_stride": x.stride(0), "k": k, "padded": padded,
-         "PER_TOKEN": per_token, "COLUMNS": columns},
+        triton.cdiv(m, rows) * (1 if per_token else triton.cdiv(padded, columns)),
+        {"x": x, "codes": codes, "scales": scales, "x_stride": x.stride(0), "m": m, "k": k, "padded": padded,
+         "PER_TOKEN": per_token, "TILE": rows, "COLUMNS": columns},
         [triton.Config({}, num_warps=4, num_stages=1)],
         fuse=False,
     )  # fmt: skip
@@ -36,23 +38,21 @@ def rounded(x: Tensor, per_token: bool, outlier_threshold: float) -> Tensor:
         outliers = (wide.abs() >= outlier_threshold) & wide.isfinite()
         x = wide.masked_fill(outliers, 0)
     codes, scales = quantised(x, per_token)
-    found = (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)).flatten(1)[:, : x.shape[1]]
+    found = (codes.unflatten(1, (scales.shape[0], -1)) * scales.t().unsqueeze(2)).flatten(1)[:, : x.shape[1]]
     return found.contiguous() if outliers is None else torch.where(outliers, wide, found)
 
 
-@triton.jit
-def _quantise(x, codes, scales, x_stride, k, padded, PER_TOKEN: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["m"])
+def _quantise(x, codes, scales, x_stride, m, k, padded, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
+              COLUMNS: tl.constexpr):  # fmt: skip
     """codes = x / scale to the nearest whole number, half to even, with scale = max|x| / 127 of 32 columns or,
     PER_TOKEN, of a row. Of a block with a NaN or infinity the codes are 0 and the scale is NaN. ``padded``: k rounded
     up to 32."""
-    parts = 1 if PER_TOKEN else tl.cdiv(padded, COLUMNS)
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    start = tl.program_id(0) % parts * COLUMNS
-    column = tl.arange(0, COLUMNS)
-    block = tl.arange(0, COLUMNS // 32)
-    x += row * x_stride
-    codes += row * padded
     if PER_TOKEN:
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, COLUMNS)
+        x += row * x_stride
+        codes += row * padded
         top = tl.zeros([COLUMNS], tl.float32)
         for first in range(0, k, COLUMNS):
             top = tl.maximum(top, _size(tl.load(x + first + column, mask=first + column < k, other=0.0)))
@@ -62,13 +62,21 @@ def _quantise(x, codes, scales, x_stride, k, padded, PER_TOKEN: tl.constexpr, CO
             value = tl.load(x + first + column, mask=first + column < k, other=0.0).to(tl.float32)
             tl.store(codes + first + column, _code(value, scale, good), mask=first + column < padded)
     else:
-        value = tl.load(x + start + column, mask=start + column < k, other=0.0).to(tl.float32)
-        value = tl.reshape(value, (COLUMNS // 32, 32))
-        scale, good = _scale(tl.max(_size(value), 1))
-        known = start + block * 32 < padded
-        tl.store(scales + row * (padded // 32) + start // 32 + block, tl.where(good, scale, float("nan")), mask=known)
-        code = tl.reshape(_code(value, scale[:, None], good[:, None]), (COLUMNS,))
-        tl.store(codes + start + column, code, mask=start + column < padded)
+        parts = tl.cdiv(padded, COLUMNS)
+        row = tl.program_id(0) // parts * TILE + tl.arange(0, TILE)
+        start = tl.program_id(0) % parts * COLUMNS
+        block = start // 32 + tl.arange(0, COLUMNS // 32)
+        column = (block[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+        inside = (row < m)[:, None] & (block * 32 < padded)[None, :]
+        at = row.to(tl.int64)[:, None, None] * x_stride + column
+        value = tl.load(x + at, mask=inside[:, :, None] & (column < k), other=0.0).to(tl.float32)
+        scale, good = _scale(tl.max(_size(value), 2))
+        at = block.to(tl.int64)[None, :] * m + row[:, None]
+        tl.store(scales + at, tl.where(good, scale, float("nan")), mask=inside)
+        # In another shape than x was read in: with one shape, a thread reads as many elements of x as it stores bytes.
+        code = tl.reshape(_code(value, scale[:, :, None], good[:, :, None]), (TILE, COLUMNS))
+        at = row.to(tl.int64)[:, None] * padded + start + tl.arange(0, COLUMNS)[None, :]
+        tl.store(codes + at, code, mask=(row < m)[:, None] & (start + tl.arange(0, COLUMNS) < padded)[None, :])
 
 
 @triton.jit
