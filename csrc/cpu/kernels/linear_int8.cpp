@@ -182,11 +182,14 @@ void in_registers(const LinearArgs& a, int64_t block, int64_t begin, int64_t end
     slabs[i] = {b.codes, 0, a.w.k_blocks(), {b}, {}};
   }
   in_even_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
-    // The last tile fetches the next blocks meanwhile (bench/NOTES.md); one row is too quick for all of them.
+    // The last tile fetches the next blocks meanwhile. One row is too quick for all of their codes; planes of
+    // bits take longer and are fetched a page ahead (bench/NOTES.md).
+    constexpr bool kPlanes = r == Read::five || r == Read::six, kAhead = B > 1 && kPlanes;
     for (int i = 0; i < B; ++i) {
       slabs[i].prefetch = {};
-      if (m + rows.n == end && block + B + i < a.w.n_blocks())
-        slabs[i].prefetch = {slabs[i].codes + B * a.w.block_bytes(), code_block_bytes(r), B > 1};
+      if (m + rows.n == end && (kAhead || block + B + i < a.w.n_blocks()))
+        slabs[i].prefetch = {slabs[i].codes + (kAhead ? int64_t(Prefetch::kPage) : B * a.w.block_bytes()),
+                             code_block_bytes(r), B > 1 && !kPlanes};
     }
     for (int pair = 0; pair < kPairs; ++pair) {
       F acc[B][rows.n][2];
