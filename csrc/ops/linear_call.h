@@ -82,13 +82,17 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
   struct Chunk {
     const LinearArgs* args;
     int64_t begin, end;
+    int64_t before;  // work of the chunks before it
+    // Work of a block: its rows, and what reading the weights takes (bench/NOTES.md).
+    int64_t block_work() const { return end - begin + 4; }
   };
   std::vector<Chunk> chunks;
-  int64_t most = 0;
+  int64_t most = 0, work = 0;
   for (const LinearGroup& g : groups)
     for (int64_t m = g.begin; m < g.end; m += chunk) {
-      chunks.push_back({&g.args, m, std::min(g.end, m + chunk)});
+      chunks.push_back({&g.args, m, std::min(g.end, m + chunk), work});
       most = std::max(most, chunks.back().end - m);
+      work += chunks.back().block_work() * blocks;
     }
   const int64_t panel_bytes = kPanelBytes + kPanelScaleBytes + most * (128 + extra_bytes);
   const auto one = [&](size_t chunk, int64_t first, int64_t last) {
@@ -102,7 +106,10 @@ void run_groups(const std::vector<LinearGroup>& groups, int64_t blocks, int64_t 
   // (bench/NOTES.md).
   const int64_t pieces = std::clamp<int64_t>(tasks / grain, 1, 4 * num_threads());
   const auto begin_of = [&](int64_t p) {
-    return tasks - tasks * (pieces - p) * (pieces - p) / (pieces * pieces);
+    const int64_t done = work - work * (pieces - p) * (pieces - p) / (pieces * pieces);
+    size_t c = 0;
+    while (c + 1 < chunks.size() && chunks[c + 1].before <= done) ++c;
+    return static_cast<int64_t>(c) * blocks + (done - chunks[c].before) / chunks[c].block_work();
   };
   const auto piece = [&](int64_t p) {
     for (int64_t i = begin_of(p), end = begin_of(p + 1), next; i < end; i = next) {

@@ -77,11 +77,10 @@ struct Digits {
   }
 };
 
-// Asks for the beginning of each page of [at, at + bytes): the processor's own prefetcher follows a stream,
-// but not into the next page (bench/NOTES.md).
+// Asks for the head of each page of [at, at + bytes).
 TW_INLINE void prefetch_heads(const uint8_t* at, int64_t bytes) {
-  for (int64_t page = 0; page < bytes; page += Prefetch::kPage)
-    for (int64_t i = 0; i < int64_t(Prefetch::kHead); i += 64) __builtin_prefetch(at + page + i, 0, 2);
+  Prefetch heads{at, int(Prefetch::kHead), true};
+  for (int64_t i = 0; i < bytes; i += heads.bytes) heads.next();
 }
 
 // out[i][h] = digits of rows [r, r + N) . rows pair_row(pair, h) of a block of codes. With 4 bits the same

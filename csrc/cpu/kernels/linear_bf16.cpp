@@ -173,9 +173,9 @@ void in_registers(const LinearArgs& a, const Block& b, const StepsOf& steps_of, 
                   int64_t end) {
   const int bytes = a.w.bits() * 128;  // of 32 k
   in_even_tiles<kRows>(begin, end, [&](int64_t m, auto rows) {
-    // The last tile fetches the next block meanwhile (bench/NOTES.md).
-    const bool fetch = m + rows.n == end && block + 1 < a.w.n_blocks();
-    const Prefetch prefetch{b.codes + a.w.block_bytes(), fetch ? bytes : 0};
+    // The last tile fetches the next block meanwhile (bench/NOTES.md); `a` may be a part of a weight that
+    // goes on.
+    const Prefetch prefetch{b.codes + a.w.block_bytes(), m + rows.n == end ? bytes : 0};
     F acc[rows.n][2];
     for (int i = 0; i < rows.n; ++i) acc[i][0] = acc[i][1] = zero();
     tile<kDense, rows.n, kSteps>(a, StoredScales{b}, steps_of, prefetch, m, 0, a.w.k_blocks(), acc);

@@ -183,11 +183,12 @@ void in_registers(const LinearArgs& a, int64_t block, int64_t begin, int64_t end
   }
   in_even_tiles<kMost>(begin, end, [&](int64_t m, auto rows) {
     // The last tile fetches the next blocks meanwhile. One row is too quick for all of their codes; planes of
-    // bits take longer and are fetched a page ahead (bench/NOTES.md).
+    // bits take longer and are fetched a page ahead (bench/NOTES.md). `a` may be a part of a weight that goes
+    // on.
     constexpr bool kPlanes = r == Read::five || r == Read::six, kAhead = B > 1 && kPlanes;
     for (int i = 0; i < B; ++i) {
       slabs[i].prefetch = {};
-      if (m + rows.n == end && (kAhead || block + B + i < a.w.n_blocks()))
+      if (m + rows.n == end)
         slabs[i].prefetch = {slabs[i].codes + (kAhead ? int64_t(Prefetch::kPage) : B * a.w.block_bytes()),
                              code_block_bytes(r), B > 1 && !kPlanes};
     }
