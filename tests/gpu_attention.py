@@ -114,3 +114,20 @@ def grad_case(
 ) -> Operands:
     q, k = rand("q", 2, heads, seq_q, dim, dtype=dtype), rand("k", 2, kv_heads, seq_k, dim, dtype=dtype)
     return Operands(q, k, rand("v", 2, kv_heads, seq_k, v_dim or dim, dtype=dtype), **more)
+
+
+GRADIENTS = {
+    "d64_g1": (lambda: grad_case(torch.float16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
+    "d80_g8": (lambda: grad_case(torch.float16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
+    "d128_g3": (lambda: grad_case(torch.bfloat16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
+    "d256_g1": (lambda: grad_case(torch.bfloat16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
+    "window": (lambda: grad_case(torch.float16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
+    "bias_of_keys_mask": (
+        lambda: grad_case(
+            torch.float16, 4, 2, 40, 50, 32, bias=rand("b", 2, 1, 1, 50),
+            mask=torch.rand(1, 4, 40, 50, generator=seeded("m")) < 0.7,
+        ),
+        Options(0.2, 0.0, 2),
+    ),
+    "more_queries": (lambda: grad_case(torch.bfloat16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
+}  # fmt: skip

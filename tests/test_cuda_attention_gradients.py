@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gpu_attention
 import pytest
 import torch
-from cases import seeded
 from compare import assert_close
 from cuda_attention import BF16, FP16, each_length, gradients
 from gpu_attention import grad_case, naive_gradients, packed, rand, whole
@@ -18,14 +18,10 @@ pytestmark = needs_nvcc
 
 # Tiles of 64 keys and 16 or 32 rows, and of 64 rows and 16 to 64 keys.
 GRADIENTS = {
+    **gpu_attention.GRADIENTS,
     "d64_g3": (lambda: grad_case(BF16, 3, 1, 40, 200, 64), Options(0.125, 0.0, 2)),
-    "d64_g1": (lambda: grad_case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
-    "d80_g8": (lambda: grad_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
-    "d128_g3": (lambda: grad_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
-    "d256_g1": (lambda: grad_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
     "d256_g3": (lambda: grad_case(FP16, 3, 1, 20, 90, 256), Options(0.06, 0.0, 2)),
     "odd_dims": (lambda: grad_case(BF16, 3, 1, 30, 90, 33, 17), Options(0.15, 0.0, 2)),
-    "window": (lambda: grad_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
     "window_right": (lambda: grad_case(FP16, 1, 1, 60, 150, 32), Options(0.2, 0.0, 0, 40, 9)),
     "softcap_alibi_sinks": (
         lambda: grad_case(FP16, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)), Options(0.3, 2.0, 2),
@@ -38,19 +34,11 @@ GRADIENTS = {
     "bias_d128": (lambda: grad_case(FP16, 2, 1, 40, 70, 128, bias=rand("b", 2, 1, 40, 70)), Options(0.09, 0.0, 2)),
     "bias_keys_d256": (lambda: grad_case(BF16, 2, 2, 20, 50, 256, bias=rand("b", 1, 2, 1, 50)), Options(0.06, 0.0, 0)),
     "bias_d256": (lambda: grad_case(FP16, 2, 2, 20, 50, 256, bias=rand("b", 1, 1, 1, 1)), Options(0.1, 0.0, 2)),
-    "bias_of_keys_mask": (
-        lambda: grad_case(
-            FP16, 4, 2, 40, 50, 32, bias=rand("b", 2, 1, 1, 50),
-            mask=torch.rand(1, 4, 40, 50, generator=seeded("m")) < 0.7,
-        ),
-        Options(0.2, 0.0, 2),
-    ),
     "dropout": (lambda: grad_case(FP16, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
     "bias_dropout": (
         lambda: grad_case(BF16, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50), seed=whole(5)),
         Options(0.2, 0.0, 2, -1, -1, 0.3),
     ),
-    "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import gpu_attention
 import pytest
 import torch
-from cases import seeded
 from compare import assert_close
 from gpu_attention import grad_case, naive_gradients, packed, rand, whole
 from triton_device import DTYPES, INTERPRETED, SWEEP, running
@@ -19,14 +19,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Tiles of 16 to 64 rows and keys.
 GRADIENTS = {
+    **gpu_attention.GRADIENTS,
     "d64_g3": (lambda: grad_case(BF16, 3, 1, 40, 110, 64), Options(0.125, 0.0, 2)),
-    "d64_g1": (lambda: grad_case(FP16, 2, 2, 70, 100, 64), Options(0.125, 0.0, 1)),
-    "d80_g8": (lambda: grad_case(FP16, 8, 1, 13, 100, 80, 40), Options(0.1, 0.0, 2)),
-    "d128_g3": (lambda: grad_case(BF16, 3, 1, 30, 130, 128), Options(0.09, 0.0, 0)),
-    "d256_g1": (lambda: grad_case(BF16, 1, 1, 70, 100, 256), Options(0.06, 0.0, 2)),
     "d64_f32": (lambda: grad_case(FP32, 3, 1, 30, 100, 64), Options(0.125, 0.0, 2)),
     "d128_f32": (lambda: grad_case(FP32, 1, 1, 50, 50, 128), Options(0.09, 0.0, 2)),
-    "window": (lambda: grad_case(FP16, 3, 1, 60, 150, 32), Options(0.2, 0.0, 2, 40)),
     "softcap_alibi_sinks": (
         lambda: grad_case(FP32, 4, 2, 40, 50, 32, alibi=rand("a", 4).abs(), sinks=rand("s", 4)),
         Options(0.3, 2.0, 2),
@@ -38,15 +34,7 @@ GRADIENTS = {
         lambda: grad_case(FP32, 2, 1, 20, 40, 256, alibi=rand("a", 2).abs()), Options(0.06, 0.0, 2),
     ),
     "bias": (lambda: grad_case(FP32, 4, 2, 40, 50, 32, bias=rand("b", 4, 40, 50)), Options(0.2, 0.0, 0)),
-    "bias_of_keys_mask": (
-        lambda: grad_case(
-            FP16, 4, 2, 40, 50, 32, bias=rand("b", 2, 1, 1, 50),
-            mask=torch.rand(1, 4, 40, 50, generator=seeded("m")) < 0.7,
-        ),
-        Options(0.2, 0.0, 2),
-    ),
     "dropout": (lambda: grad_case(FP32, 4, 2, 40, 50, 32, seed=whole(5)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
-    "more_queries": (lambda: grad_case(BF16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip
 
 
