@@ -129,5 +129,16 @@ GRADIENTS = {
         ),
         Options(0.2, 0.0, 2),
     ),
+    "mask_of_odd_rows": (
+        lambda: grad_case(torch.bfloat16, 4, 2, 40, 51, 32, mask=torch.rand(1, 4, 40, 51, generator=seeded("m")) < 0.7),
+        Options(0.2, 0.0, 2),
+    ),
+    "bias_and_mask_of_queries": (
+        lambda: grad_case(
+            torch.float16, 4, 2, 40, 50, 32, bias=rand("b", 1, 4, 40, 1),
+            mask=torch.rand(2, 1, 40, 1, generator=seeded("m")) < 0.7,
+        ),
+        Options(0.2, 0.0, 2),
+    ),
     "more_queries": (lambda: grad_case(torch.bfloat16, 2, 1, 90, 30, 32), Options(0.2, 0.0, 2)),
 }  # fmt: skip

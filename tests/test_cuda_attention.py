@@ -55,6 +55,8 @@ FEATURES = [
     (Case("mask", 40, 200, 64, heads=4, kv_heads=2, batch=2, mask="b1qk"), BF16),
     (Case("mask_d128", 20, 150, 128, heads=3, kv_heads=1, mask="b1qk"), FP16),
     (Case("bias", 40, 200, 64, heads=4, kv_heads=2, batch=2, bias="1hqk", bias_dtype=BF16), BF16),
+    (Case("bias_fp32", 20, 132, 64, heads=4, kv_heads=2, batch=2, bias="bhqk"), BF16),
+    (Case("bias_mask_of_queries", 20, 200, 64, heads=4, kv_heads=2, mask="b1q1", bias="1hqk", bias_dtype=BF16), FP16),
     (Case("bias_and_float_mask", 33, 190, 64, heads=4, kv_heads=2, batch=2, bias="1h1k", float_mask="b1qk"), FP16),
     (Case("alibi_top_left", 40, 200, 64, heads=6, kv_heads=2, batch=2, alibi="bh", causal="top_left"), BF16),
     (Case("softcap", 40, 200, 64, heads=4, kv_heads=2, softcap=5.0, scale=1.0), FP16),

@@ -5,6 +5,7 @@
 // there is no barrier on the way.
 #include <type_traits>
 
+#include "attention_scores.cuh"
 #include "attention_sources.cuh"
 
 namespace tw::cuda {
@@ -57,7 +58,8 @@ __device__ void walk(Keys& keys, const AttentionLaunch& a, const Rows16& rows, c
         const int key = block + keys.key(i, e % 2);
         float slant, x = -kInfinity;
         if (key >= rows.seen[e / 2].first && key < rows.seen[e / 2].end)
-          x = general_score(a, rows.score[e / 2], p[i][e] * keys.key_factor(i, e % 2), key, slant);
+          x = general_score(a, rows.score[e / 2], p[i][e] * keys.key_factor(i, e % 2), key,
+                            score_terms(a, rows.score[e / 2], key), slant);
         p[i][e] = x;
         attended |= uint32_t(x != -kInfinity) << (2 * i + e % 2);
       }

@@ -19,10 +19,11 @@ struct Tiling {
   static constexpr bool kGeneral = kGeneral_;  // more than scale, causality and window
   static constexpr int kRows = 16 * kRowTiles * kWarps, kThreads = 32 * kWarps;
   static constexpr int kSharedBytes = (kRows + 4 * kKeys) * kDim * 2;
+  static constexpr int kBlocks = kGeneral ? 2 : 1;  // with 3 on a multiprocessor a general one spills
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_tiles_kernel(const __grid_constant__ AttentionLaunch a) {
   constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kM = Tile::kRowTiles, kRows = Tile::kRows;
   extern __shared__ __align__(128) uint16_t shared[];
@@ -71,6 +72,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   for (int m = 0; m < kM; ++m) top[m][0] = top[m][1] = -kInfinity;
 
   KeyRows keys{a, s, kv_head};
+  KeyOrder order;
+  if constexpr (Tile::kGeneral) order = key_order(a, kKeys, s.k_begin);
   if (start < range.end)
     load_tile<kRows, kDim, Tile::kThreads>(q_tile, int(a.head_dim), a.aligned, a.q.base, [&](int i) {
       const Folded f = folded(a, kv_head, min(row0 + i, rows - 1));
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     // Two pairs of tiles in turn: what this overwrites, all warps have left behind before the barrier.
     if (next < range.end) {
       uint16_t* to = kv_tiles + (next / kKeys) % 2 * (2 * kKeys * kDim);
-      keys.load<kKeys, kDim, Tile::kThreads>(to, to + kKeys * kDim, next, range);
+      keys.load<kKeys, kDim, Tile::kThreads>(to, to + kKeys * kDim, next, range, order);
       copy_async_commit();
     }
     if (from < start) continue;
@@ -101,16 +104,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
           const int row = row_of(m, half);
           Range seen = visible_keys(a, s, folded(a, 0, min(row, rows - 1)).query);
           seen = {max(seen.first, range.first), row < rows ? min(seen.end, range.end) : 0};
+          KeyTerms<kKeys / 4> terms;
+          if constexpr (Tile::kGeneral)
+            terms = tile_terms<kKeys / 4>(a, s, score[m][half], from, order, seen);
 #pragma unroll
           for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const int key = from + i * 8 + 2 * t + e;
+              const int key = from + order.key(i, t, e);
               float& x = p[m][i][2 * half + e];
               const bool sees = key >= seen.first && key < seen.end;
               if constexpr (Tile::kGeneral) {
                 float slant;
-                if (sees) x = general_score(a, score[m][half], x, key, slant);
+                if (sees) x = general_score(a, score[m][half], x, key, terms[2 * i + e], slant);
               }
               if (!sees) x = -kInfinity;
             }
@@ -124,7 +130,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
       for (int half = 0; half < 2; ++half) {
         const auto drop = [&](float& weight, int i, int e) {
           if constexpr (Tile::kGeneral)
-            if (a.keep < 1.0f && !is_kept(score[m][half], limit, from + i * 8 + 2 * t + e % 2)) weight = 0.0f;
+            if (a.keep < 1.0f && !is_kept(score[m][half], limit, from + order.key(i, t, e % 2)))
+              weight = 0.0f;
         };
         const float shrink = soften<Tile::kGeneral>(p[m], half, unit, top[m][half], sum[m][half], drop);
         if (__any_sync(0xffffffff, shrink != 1.0f)) {  // after the first tiles, rarely

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   const Range columns = range(sizes[3], tile_n * kKeys, kKeys, int(a.capacity));
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const KeyOrder order = key_order(a, kKeys, 0);  // tiles are of the bias's columns, wherever keys begin
   float total[kKeys / 8][4] = {};
   for (int b = batches.first; b < batches.end; ++b) {
     const Sequence s = sequence_of(a, b);
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         for (int column = columns.first; column < columns.end; column += kKeys) {
           const int key0 = column - s.k_begin;
           __syncthreads();
-          KeyRows{a, s, kv_head}.load<kKeys, kDim, Tile::kThreads>(k_tile, v_tile, key0, {0, s.keys});
+          KeyRows{a, s, kv_head}.load<kKeys, kDim, Tile::kThreads>(k_tile, v_tile, key0, {0, s.keys}, order);
           copy_async_commit();
           copy_async_wait<0>();
           __syncthreads();
@@ -70,34 +71,39 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
           multiply_transposed<T, kDim, 1, kKeys>(p, q_tile, warp * 16, k_tile);
           multiply_transposed<T, kDim, 1, kKeys>(ds, g_tile, warp * 16, v_tile);
 #pragma unroll
-          for (int i = 0; i < kKeys / 8; ++i)
+          for (int half = 0; half < 2; ++half) {
+            const GradientRow& row = infos[warp * 16 + g + half * 8];
+            const auto terms = tile_terms<kKeys / 4>(a, s, row.score, key0, order, row.seen);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const GradientRow& row = infos[warp * 16 + g + e / 2 * 8];
-              const int key = key0 + i * 8 + 2 * t + e % 2;
-              total[i][e] += score_gradient<true>(a, row, p[0][i][e], ds[0][i][e], key,
-                                                  key >= row.seen.first && key < row.seen.end)
-                                 .score;
-            }
+            for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const int key = key0 + order.key(i, t, e), at = 2 * half + e;
+                total[i][at] +=
+                    score_gradient<true>(a, row, p[0][i][at], ds[0][i][at], key,
+                                         key >= row.seen.first && key < row.seen.end, terms[2 * i + e])
+                        .score;
+              }
+          }
         }
       }
     }
   }
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(shared);
-  constexpr int kStride = kKeys + 8;
+  const int stride = order.run == 2 ? kKeys + 8 : kKeys + 1;  // lanes that write at once use different banks
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      sums[(warp * 16 + g + e / 2 * 8) * kStride + i * 8 + 2 * t + e % 2] = total[i][e];
+      sums[(warp * 16 + g + e / 2 * 8) * stride + order.key(i, t, e % 2)] = total[i][e];
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kKeys; i += Tile::kThreads) {
     const int row = tile_m * kRows + i / kKeys, column = tile_n * kKeys + i % kKeys;
     if (row >= sizes[2] || column >= sizes[3]) continue;
     float sum = 0;
     for (int m = i / kKeys; m < (sizes[2] == 1 ? kRows : i / kKeys + 1); ++m)
-      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * kStride + n];
+      for (int n = i % kKeys; n < (sizes[3] == 1 ? kKeys : i % kKeys + 1); ++n) sum += sums[m * stride + n];
     a.grad_bias[((int64_t(own_batch) * sizes[1] + own_head) * sizes[2] + row) * sizes[3] + column] = sum;
   }
 }

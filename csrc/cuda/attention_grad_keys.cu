@@ -38,9 +38,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float dk[1][Tile::kOfKeys ? kDim / 8 : 1][4] = {}, dv[1][Tile::kOfValues ? kDim / 8 : 1][4] = {};
+  // A lane's two keys lie side by side: the rows g and g + 8 of a warp's 16.
+  const auto key_at = [](int row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; };
+  const bool pairs = Tile::kGeneral && key_order(a, kKeys, s.k_begin).whole;
   const auto load = [&](uint16_t* to, const Heads& x, int dim) {
     load_tile<kKeys, kDim, Tile::kThreads>(to, dim, a.aligned, x.base, [&](int i) -> const uint16_t* {
-      return key0 + i < s.keys ? key_of(s, x, kv_head, key0 + i) : nullptr;
+      const int key = key0 + key_at(i);
+      return key < s.keys ? key_of(s, x, kv_head, key) : nullptr;
     });
   };
   if (start < end) {
@@ -72,15 +76,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float p[1][kRows / 8][4] = {}, ds[1][kRows / 8][4] = {};  // (keys, rows)
     multiply_transposed<T, kDim, 1, kRows>(p, k_tile, warp * 16, q_tile);
     if constexpr (Tile::kOfKeys) multiply_transposed<T, kDim, 1, kRows>(ds, v_tile, warp * 16, g_tile);
+    const int first_key = key0 + warp * 16 + 2 * g;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const GradientRow& row = infos[buffer * kRows + i * 8 + 2 * t + e % 2];
-        const int key = key0 + warp * 16 + g + e / 2 * 8;
-        const ScoreGradient x = score_gradient<Tile::kGeneral>(a, row, p[0][i][e], ds[0][i][e], key,
-                                                               key >= row.seen.first && key < row.seen.end);
-        p[0][i][e] = x.weight, ds[0][i][e] = x.product;
+      for (int column = 0; column < 2; ++column) {
+        const GradientRow& row = infos[buffer * kRows + i * 8 + 2 * t + column];
+        KeyTerms<2> terms;
+        if constexpr (Tile::kGeneral) terms.read<2>(a, s, row.score, 0, first_key, pairs, row.seen);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = first_key + half, e = 2 * half + column;
+          const ScoreGradient x = score_gradient<Tile::kGeneral>(
+              a, row, p[0][i][e], ds[0][i][e], key, key >= row.seen.first && key < row.seen.end, terms[half]);
+          p[0][i][e] = x.weight, ds[0][i][e] = x.product;
+        }
       }
     if constexpr (Tile::kOfValues) multiply<T, kDim, false, 1, kRows>(dv, p, g_tile);
     if constexpr (Tile::kOfKeys) multiply<T, kDim, false, 1, kRows>(dk, ds, q_tile);
@@ -90,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto store = [&](const auto& c, float factor, const Heads& x, int dim) {
     const float factors[2] = {factor, factor};
     store_rows<T, kDim>(c, factors, k_tile, warp * 16, dim, a.aligned_out, [&](int i) {
-      const int key = key0 + warp * 16 + i;
+      const int key = key0 + warp * 16 + key_at(i);
       return key < s.keys ? key_of(s, x, kv_head, key) : nullptr;
     });
   };

@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
   float dq[1][kDim / 8][4] = {}, slope[2] = {};
   KeyRows keys{a, s, kv_head};
+  KeyOrder order;
+  if constexpr (Tile::kGeneral) order = key_order(a, kKeys, s.k_begin);
   if (start < range.end) {
     const auto load = [&](uint16_t* to, const Heads& x, int dim) {
       load_tile<kRows, kDim, Tile::kThreads>(to, dim, a.aligned, x.base, [&](int i) -> const uint16_t* {
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     __syncthreads();
     if (next < range.end) {
       uint16_t* to = kv_tiles + next / kKeys % 2 * (2 * kKeys * kDim);
-      keys.load<kKeys, kDim, Tile::kThreads>(to, to + kKeys * kDim, next, range);
+      keys.load<kKeys, kDim, Tile::kThreads>(to, to + kKeys * kDim, next, range, order);
       copy_async_commit();
     }
     if (from < start) continue;
@@ -63,14 +65,21 @@ __global__ void __launch_bounds__(Tile::kThreads)
     float p[1][kKeys / 8][4] = {}, ds[1][kKeys / 8][4] = {};
     multiply_transposed<T, kDim, 1, kKeys>(p, q_tile, warp * 16, k_tile);
     multiply_transposed<T, kDim, 1, kKeys>(ds, g_tile, warp * 16, v_tile);
+    KeyTerms<kKeys / 4> terms[2];
+    if constexpr (Tile::kGeneral) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        terms[half] = tile_terms<kKeys / 4>(a, s, own[half].score, from, order, own[half].seen);
+    }
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const GradientRow& row = own[e / 2];
-        const int key = from + i * 8 + 2 * t + e % 2;
+        const int key = from + order.key(i, t, e % 2);
         const ScoreGradient x = score_gradient<Tile::kGeneral>(a, row, p[0][i][e], ds[0][i][e], key,
-                                                               key >= row.seen.first && key < row.seen.end);
+                                                               key >= row.seen.first && key < row.seen.end,
+                                                               terms[e / 2][2 * i + e % 2]);
         ds[0][i][e] = x.product;
         if constexpr (Tile::kGeneral) {
           if (a.slopes) slope[e / 2] -= x.score * fabsf(float(key - row.score.diagonal));

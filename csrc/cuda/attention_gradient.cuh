@@ -41,7 +41,8 @@ struct ScoreGradient {
 };
 template <bool kGeneral>
 __device__ inline ScoreGradient score_gradient(const GradientLaunch& a, const GradientRow& r, float product,
-                                               float grad_weight, int key, bool sees) {
+                                               float grad_weight, int key, bool sees,
+                                               const ScoreTerms& terms) {
   if (!sees) return {0, 0, 0};
   if constexpr (!kGeneral) {
     const float p = exp2_fast(fmaf(product, a.scale * kLog2e, -r.lse * kLog2e));
@@ -49,7 +50,7 @@ __device__ inline ScoreGradient score_gradient(const GradientLaunch& a, const Gr
     return {p, grad, grad};
   }
   float slant;
-  const float x = general_score(a, r.score, product, key, slant);
+  const float x = general_score(a, r.score, product, key, terms, slant);
   if (x == -kInfinity) return {0, 0, 0};
   const float p = exp2_fast((x - r.lse) * kLog2e);
   float weight = p;

@@ -13,6 +13,7 @@ struct AttentionLaunch : AttentionArgs {
   int left = -1, right = -1;
   bool aligned = false;      // q, k, v (and a gradient's operands) can be read in pieces of 16 bytes
   bool aligned_out = false;  // what is written, too
+  int score_run = 1;  // 1, 2, 4 or 8: in pieces of so many keys, from the first on, mask and bias are aligned
   // Keys split between blocks: split i takes the keys [i * chunk, (i + 1) * chunk) and leaves fp32 rows of
   // v_dim in partials and (maximum, sum) in stats, both [batch][kv_heads][splits][rows of a KV head].
   int splits = 1, chunk = 1;
@@ -43,6 +44,17 @@ inline int64_t key_splits(const AttentionArgs& a, int multiprocessors) {
   return std::max<int64_t>(1, std::min(wanted, a.capacity / 256));
 }
 
+// The longest run of keys, of 1, 2, 4 or 8 (fp32: 4, 16 bytes), that starts at a multiple of its size in
+// every row.
+inline int aligned_run(const AttentionScores& t, int64_t bytes) {
+  int run = bytes == 4 ? 4 : 8;
+  if (!t.data || t.key == 0) return 8;
+  if (t.key != 1) return 1;
+  while (reinterpret_cast<uintptr_t>(t.data) % (run * bytes) || t.batch % run || t.head % run || t.row % run)
+    run /= 2;
+  return run;
+}
+
 inline AttentionLaunch prepared(const AttentionArgs& args, void* workspace, int multiprocessors) {
   AttentionLaunch a;
   static_cast<AttentionArgs&>(a) = args;
@@ -52,6 +64,7 @@ inline AttentionLaunch prepared(const AttentionArgs& args, void* workspace, int 
   a.left = int(std::min(a.window_left, reach)), a.right = int(std::min(a.window_right, reach));
   a.aligned = aligned16(a.q) && aligned16(a.k) && aligned16(a.v);
   a.aligned_out = aligned16(a.out);
+  a.score_run = std::min(aligned_run(a.mask, 1), aligned_run(a.bias, a.bias.type == Type::f32 ? 4 : 2));
   a.splits = int(key_splits(a, multiprocessors));
   a.chunk = int(ceil_div(std::max<int64_t>(a.capacity, 1), int64_t(a.splits) * 64) * 64);
   a.stats = static_cast<float2*>(workspace);

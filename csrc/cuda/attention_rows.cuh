@@ -1,5 +1,4 @@
-// What attention's kernels share: where a sequence lies, which keys a row sees, what its scores become, its
-// dropout.
+// What attention's kernels share: where a sequence lies, which keys a row sees, how its softmax ends.
 //
 // The heads of one KV head's group are folded into the rows: row r = query * group + head in the group, so K
 // and V are read once for all of them. Keys count from the sequence's first valid one, whatever padding
@@ -110,72 +109,6 @@ __device__ inline Range seeing_queries(const AttentionLaunch& a, const Sequence&
   if (a.left >= 0) r.end = min(r.end, high - s.shift + a.left + 1);
   return r;
 }
-
-// x moved by a coordinate: splitmix64's finaliser (Steele, Lea & Flood 2014).
-__device__ inline uint64_t mixed(uint64_t x, uint32_t coordinate) {
-  x += (uint64_t(coordinate) + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// What a row's scores depend on beside q and k, where a call has more than scale, causality and window.
-struct ScoreRow {
-  int64_t bias, mask;  // of the row's first key
-  float slope;
-  int diagonal;
-  uint32_t first, second;  // of its dropout
-};
-__device__ inline ScoreRow score_row(const AttentionArgs& a, const Sequence& s, int head, int query) {
-  ScoreRow r;
-  r.bias = s.index * a.bias.batch + head * a.bias.head + query * a.bias.row + s.k_begin * a.bias.key;
-  r.mask = s.index * a.mask.batch + head * a.mask.head + query * a.mask.row + s.k_begin * a.mask.key;
-  r.slope = a.alibi ? a.alibi[s.index * a.alibi_batch + head] : 0.0f;
-  r.diagonal = query + s.shift;
-  r.first = r.second = 0;
-  if (a.keep < 1.0f) {
-    const uint64_t x = mixed(mixed(mixed(*a.seed, s.index), head), query);
-    r.first = uint32_t(x), r.second = uint32_t(x >> 32);
-  }
-  return r;
-}
-
-__device__ inline float read_score(const AttentionScores& t, int64_t at) {
-  if (t.type == Type::f32) return static_cast<const float*>(t.data)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(t.data)[at];
-  return t.type == Type::bf16 ? to_float(__ushort_as_bfloat16(bits)) : to_float(__ushort_as_half(bits));
-}
-
-// The score of a key that the row sees by causality and window, from q k^T; -inf where it is masked. slant
-// becomes d score / d (scale * q k^T).
-__device__ inline float general_score(const AttentionArgs& a, const ScoreRow& r, float product, int key,
-                                      float& slant) {
-  float x = product * a.scale;
-  slant = 1.0f;
-  if (a.softcap > 0) {
-    const float t = tanh_accurate(__fdividef(x, a.softcap));
-    x = a.softcap * t;
-    slant = fmaf(-t, t, 1.0f);
-  }
-  if (a.alibi) x -= r.slope * fabsf(float(key - r.diagonal));
-  if (a.bias.data) {
-    const float bias = read_score(a.bias, r.bias + key * a.bias.key);
-    x = bias == -kInfinity ? -kInfinity : x + bias;  // it masks, whatever the score is
-  }
-  if (a.mask.data && !static_cast<const uint8_t*>(a.mask.data)[r.mask + key * a.mask.key]) x = -kInfinity;
-  return x;
-}
-
-// Whether dropout keeps the row's weight of a key.
-__device__ inline bool is_kept(const ScoreRow& r, float limit, int key) {
-  uint32_t h = uint32_t(key) + r.first;
-  h = (h ^ (h >> 16)) * 0x21f0aaadu;
-  h = (h ^ (h >> 15)) + r.second;
-  h = (h ^ (h >> 15)) * 0x735a2d97u;
-  h ^= h >> 15;
-  return float(h >> 8) < limit;
-}
-__device__ inline float drop_limit(const AttentionArgs& a) { return a.keep * 16777216.0f; }
 
 // The sink joins a row's maximum and sum (of natural logits): what was accumulated shrinks by `factor`.
 __device__ inline void join_sink(float sink, float& top, float& sum, float& factor) {

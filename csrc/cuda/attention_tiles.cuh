@@ -1,6 +1,6 @@
 // Tiles of rows in shared memory, swizzled (mma.cuh), and the products that read them.
 #pragma once
-#include "attention_rows.cuh"
+#include "attention_scores.cuh"
 #include "mma.cuh"
 
 namespace tw::cuda {
@@ -61,16 +61,16 @@ struct KeyRows {
     return true;
   }
 
-  // Tiles of the keys [from, from + kKeys), of which those in `seen` are there.
+  // Tiles of the keys [from, from + kKeys), of which those in `seen` are there; row i is the key of column i.
   template <int kKeys, int kDim, int kThreads>
-  __device__ void load(uint16_t* k_tile, uint16_t* v_tile, int from, Range seen) {
+  __device__ void load(uint16_t* k_tile, uint16_t* v_tile, int from, Range seen, KeyOrder order) {
     constexpr int kPieces = kDim / 8;
     static_assert(kKeys * kPieces % kThreads == 0, "threads share the pieces evenly");
 #pragma unroll 1
     for (int part = 0; part < kKeys * kPieces / kThreads; ++part) {
       const int piece = part * kThreads + threadIdx.x;
       const int row = piece / kPieces, column = piece % kPieces * 8;
-      const int key = from + row;
+      const int key = from + order.key_of(row);
       int64_t k_at = 0, v_at = 0;
       const bool there = key >= seen.first && key < seen.end && find(key, k_at, v_at);
       const int place = swizzled<kDim>(row, column);
