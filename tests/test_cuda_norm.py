@@ -114,7 +114,7 @@ def test_norm_runs_everywhere_and_reads_whole_sectors() -> None:
         for dtype in (BF16, FP16, FP32):
             for n in (77, 128, 500, 1024, 1023, 1031, 4096, 8192, 9000, 9001):
                 x = numbers(f"everywhere {n}", 1, n, dtype=dtype)
-                for weights in (numbers("w", n), numbers("w", n).to(dtype)):
+                for weights in (numbers("w", n), numbers("w", n).to(dtype), numbers("w", n + 1)[1:]):
                     check_norm(x, x, weights, weights, True)
                     check_norm(x, None, weights, weights, True)
                     check_norm(x, None, None, weights, True)

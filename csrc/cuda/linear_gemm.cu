@@ -189,13 +189,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
 #pragma unroll
   for (int mi = 0; mi < S::MI; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < S::NI; ++ni) {
-      const int row = rows.first + (warp_m * S::MI + mi) * 16 + eighth;
-      const int column = first_n + (warp_n * S::NI + ni) * 8 + q * 2;
-      store_outputs(a, rows, row, column, acc[mi][ni][0], acc[mi][ni][1]);
-      store_outputs(a, rows, row + 8, column, acc[mi][ni][2], acc[mi][ni][3]);
-    }
+    store_product(a, rows, rows.first + (warp_m * S::MI + mi) * 16 + eighth, first_n + warp_n * S::NI * 8,
+                  acc[mi]);
 }
 
 template <class T, int BITS, class S>

@@ -305,14 +305,15 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
 
 #pragma unroll
-  for (int mi = 0; mi < S::MI; ++mi)
+  for (int mi = 0; mi < S::MI; ++mi) {
+    const int first_row = rows.first + (warp_m * S::MI + mi) * 16 + eighth;
+    const int first_column = first_n + warp_n * S::NI * 8;
+    if constexpr (ROW) {
 #pragma unroll
-    for (int ni = 0; ni < S::NI; ++ni)
+      for (int ni = 0; ni < S::NI; ++ni)
 #pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        const int row = rows.first + (warp_m * S::MI + mi) * 16 + below * 8 + eighth;
-        const int column = first_n + (warp_n * S::NI + ni) * 8 + q * 2;
-        if constexpr (ROW) {
+        for (int below = 0; below < 2; ++below) {
+          const int row = first_row + below * 8, column = first_column + ni * 8 + q * 2;
           if (row >= rows.end) continue;
           const float scale = x.scales[int64_t{row} * kBlocks];
           const int32_t sum = a.w.offset == Offset::none ? 0 : x.sums[int64_t{row} * kBlocks];
@@ -329,8 +330,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             acc[mi][ni][below * 2 + i] = y;
           }
         }
-        store_outputs(a, rows, row, column, acc[mi][ni][below * 2], acc[mi][ni][below * 2 + 1]);
-      }
+    }
+    store_product(a, rows, first_row, first_column, acc[mi]);
+  }
 }
 
 template <int BITS, class S, bool ROW>

@@ -104,19 +104,77 @@ __device__ inline Tile tile_of(int index, int tiles_m, int tiles_n) {
   return {first + within % height, within / height};
 }
 
-// Stores two neighbouring outputs of a row, those that exist.
+__device__ inline uint32_t pack_outputs(Type type, float low, float high) {
+  return type == Type::bf16 ? pack_pair<bf16>(low, high) : pack_pair<f16>(low, high);
+}
+
+// Outputs of a row in pieces of 8 bytes and more.
+__device__ inline bool whole_outputs(const LinearArgs& a) {
+  return a.n % 8 == 0 && reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
+}
+
+// Two neighbouring outputs as they are stored; column is even.
+__device__ inline float2 finished(const LinearArgs& a, const TileRows& rows, int column, float low,
+                                  float high) {
+  if (!rows.known) low = high = __int_as_float(0x7fc00000);
+  if (a.bias) {
+    if (column < a.n) low += a.bias[rows.weight + column];
+    if (column + 1 < a.n) high += a.bias[rows.weight + column + 1];
+  }
+  return {low, high};
+}
+
+// Stores them, those that exist.
 __device__ inline void store_outputs(const LinearArgs& a, const TileRows& rows, int row, int column,
                                      float low, float high) {
   if (row >= rows.end || column >= a.n) return;
   const bool both = column + 1 < a.n;
-  if (!rows.known) low = high = __int_as_float(0x7fc00000);
-  if (a.bias) {
-    low += a.bias[rows.weight + column];
-    if (both) high += a.bias[rows.weight + column + 1];
-  }
+  const float2 x = finished(a, rows, column, low, high);
+  low = x.x, high = x.y;
   const int64_t at = int64_t{row} * a.n + column;
+  if (whole_outputs(a)) {
+    if (a.out_type == Type::f32)
+      *reinterpret_cast<float2*>(static_cast<float*>(a.out) + at) = x;
+    else
+      *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(a.out) + at) = pack_outputs(a.out_type, low, high);
+    return;
+  }
   store_float(a.out, a.out_type, at, low);
   if (both) store_float(a.out, a.out_type, at + 1, high);
+}
+
+// Stores the rows `row` and row + 8 of a warp's products, c[tile of 8 columns], the first column of which is
+// `first`. Lanes exchange what they hold of two tiles, so that a row's sectors are written whole.
+template <int kTiles>
+__device__ void store_product(const LinearArgs& a, const TileRows& rows, int row, int first,
+                              const float (&c)[kTiles][4]) {
+  const int t = threadIdx.x % 4;
+  const bool exchange = kTiles % 2 == 0 && whole_outputs(a) && a.out_type != Type::f32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, row += 8)
+#pragma unroll
+    for (int i = 0; i < kTiles; i += 2) {
+      if (!exchange) {
+#pragma unroll
+        for (int j = i; j < i + 2 && j < kTiles; ++j)
+          store_outputs(a, rows, row, first + 8 * j + 2 * t, c[j][2 * half], c[j][2 * half + 1]);
+        continue;
+      }
+      if constexpr (kTiles % 2 == 0) {
+        uint32_t words[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 x =
+              finished(a, rows, first + 8 * (i + j) + 2 * t, c[i + j][2 * half], c[i + j][2 * half + 1]);
+          words[j] = pack_outputs(a.out_type, x.x, x.y);
+        }
+        const uint32_t other = __shfl_xor_sync(0xffffffff, words[1 - t % 2], 1);
+        const int column = first + 8 * (i + t % 2) + t / 2 * 4;
+        if (row < rows.end && column < a.n)
+          *reinterpret_cast<uint2*>(static_cast<uint16_t*>(a.out) + int64_t{row} * a.n + column) =
+              t % 2 ? make_uint2(other, words[1]) : make_uint2(words[0], other);
+      }
+    }
 }
 
 }  // namespace tw::cuda

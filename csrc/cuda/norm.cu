@@ -12,8 +12,15 @@ constexpr int kChunks = 4;     // vectors of a row that a thread keeps
 constexpr int kThreads = 256;  // of a block
 
 template <class T, int VEC>
-__device__ void load_weight(const void* weight, bool is_float, int64_t at, float (&w)[VEC]) {
-  // A weight is 16-byte aligned only as a whole tensor usually is; its elements come one by one from the L1.
+__device__ void load_weight(const NormArgs& a, const void* weight, int64_t at, float (&w)[VEC]) {
+  const bool is_float = sizeof(T) == 4 || a.weight_type == Type::f32;
+  if (VEC > 1 && a.whole_weights) {
+    if (!is_float) return load_floats<VEC>(static_cast<const T*>(weight) + at, w);
+#pragma unroll
+    for (int i = 0; i < VEC; i += 4)
+      load_floats<4>(static_cast<const float*>(weight) + at + i, reinterpret_cast<float (&)[4]>(w[i]));
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < VEC; ++i)
     w[i] = is_float ? static_cast<const float*>(weight)[at + i]
@@ -81,18 +88,17 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     sum = reduced(sum, 1);
   }
   const float rstd = rsqrtf(sum * a.per_column + a.eps);
-  const bool is_float = a.weight_type == Type::f32;
   each([&](int64_t at, float (&t)[VEC]) {
     float w[VEC], y[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) y[i] = (t[i] - mean) * rstd;
     if (a.weight) {
-      load_weight<T, VEC>(a.weight, is_float, at, w);
+      load_weight<T, VEC>(a, a.weight, at, w);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) y[i] *= w[i];
     }
     if (a.bias) {
-      load_weight<T, VEC>(a.bias, is_float, at, w);
+      load_weight<T, VEC>(a, a.bias, at, w);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) y[i] += w[i];
     }
@@ -117,6 +123,7 @@ cudaError_t norm(const NormArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.n == 0) return cudaSuccess;
   NormArgs a = args;
   a.per_column = 1.0f / float(a.n);
+  a.whole_weights = (reinterpret_cast<uintptr_t>(a.weight) | reinterpret_cast<uintptr_t>(a.bias)) % 16 == 0;
   return with_type(a.type, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = 16 / sizeof(T);

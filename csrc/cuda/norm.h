@@ -16,6 +16,7 @@ struct NormArgs {
   float per_column = 0;                            // 1 / n, set by norm(): a division in the kernel is a call
   Type type = Type::f32, weight_type = Type::f32;  // weight_type: float32 or `type`
   bool centred = false;
+  bool whole_weights = false;  // weight and bias can be read in pieces of 16 bytes; set by norm()
 };
 cudaError_t norm(const NormArgs& args, cudaStream_t stream);
 

@@ -1,6 +1,8 @@
 // Rope (https://arxiv.org/abs/2104.09864) and appending to a cache, dense or paged
 // (https://arxiv.org/abs/2309.06180). Each element is read and written once, so memory decides: 16 bytes a
 // load, a block takes one token. Each product and sum is rounded by itself, as on the CPU.
+#include <utility>
+
 #include "convert.cuh"
 #include "rope.h"
 
@@ -103,15 +105,19 @@ __global__ void __launch_bounds__(kThreads) move_kernel(const __grid_constant__ 
     load_floats<P>(in + first, x);
     load_floats<P>(in + second, y);
     const bool known = place.position >= 0 && place.position < a.max_positions;
-    const int64_t row = known ? place.position : 0;
+    const int64_t row = place.position;
     const float nan = __int_as_float(0x7fc00000);
     float both[2 * P];
 #pragma unroll
     for (int j = 0; j < P; ++j) both[j] = x[j], both[P + j] = y[j];
+    float cosines[P], sines[P];
+    if (known) {
+      load_floats<P>(a.cos + row * a.cos_stride + pair, cosines);
+      load_floats<P>(a.sin + row * a.sin_stride + pair, sines);
+    }
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      const float c = known ? a.cos[row * a.cos_stride + pair + j] : nan;
-      const float s = known ? a.sin[row * a.sin_stride + pair + j] : nan;
+      const float c = known ? cosines[j] : nan, s = known ? sines[j] : nan;
       const float u = a.interleaved ? both[2 * j] : x[j], v = a.interleaved ? both[2 * j + 1] : y[j];
       const float p = rounded<T>(__fsub_rn(__fmul_rn(u, c), __fmul_rn(v, s)));
       const float q = rounded<T>(__fadd_rn(__fmul_rn(v, c), __fmul_rn(u, s)));
@@ -151,12 +157,16 @@ cudaError_t move_tokens(const TokenArgs& a, cudaStream_t stream) {
   if (a.batch * a.seq == 0) return cudaSuccess;
   return with_type(a.type, [&](auto type) {
     using T = decltype(type);
-    constexpr int kVec = 16 / sizeof(T);
+    // A lane's angles are 16 bytes, so whole sectors are read of them, too.
+    constexpr int kVec = 4;
     bool whole = a.half % kVec == 0;
+    for (const auto& [angles, stride] : {std::pair{a.cos, a.cos_stride}, std::pair{a.sin, a.sin_stride}})
+      whole &= reinterpret_cast<uintptr_t>(angles) % 16 == 0 && stride % kVec == 0;
     for (int i = 0; i < a.count; ++i) {
       const TokenPart& part = a.parts[i];
-      const int64_t item = bytes_of(part.out_type), bytes = kVec * item < 16 ? kVec * item : 16;
-      whole &= part.dim % kVec == 0 && aligned(part.in, 16, sizeof(T)) && aligned(part.out, bytes, item);
+      const int64_t item = bytes_of(part.out_type);
+      whole &= part.dim % kVec == 0 && aligned(part.in, kVec * sizeof(T), sizeof(T)) &&
+               aligned(part.out, kVec * item, item);
     }
     return whole ? launch<T, kVec>(a, stream) : launch<T, 1>(a, stream);
   });
