@@ -81,7 +81,8 @@ def _split(t: Operands, arguments: dict, rows: int, capacity: int, configs: list
     batch, kv_heads, v_dim = t.q.shape[0], t.k.shape[1], t.v.shape[3]
     splits = triton.cdiv(capacity, _CHUNK)
     partial = torch.empty((batch * kv_heads, splits, rows, v_dim), dtype=torch.float32, device=t.q.device)
-    stats = torch.empty((batch * kv_heads, splits, rows, 2), dtype=torch.float32, device=t.q.device)
+    # A row's together: one access reads those of many splits.
+    stats = torch.empty((batch * kv_heads, rows, 2, splits), dtype=torch.float32, device=t.q.device)
     arguments = arguments | {"partial": partial, "partial_stats": stats, "splits": splits, "CHUNK": _CHUNK}
     run(
         _forward,
@@ -288,10 +289,12 @@ def _forward(
         if not known:
             weight = tl.full([BLOCK_M], float("nan"), tl.float32)
         if SPLIT:
-            at = ((b * kv_heads + kv_head).to(tl.int64) * splits + split) * (count * GROUP) + row
+            pair = (b * kv_heads + kv_head).to(tl.int64)
+            at = (pair * splits + split) * (count * GROUP) + row
             tl.store(partial + at[:, None] * V_DIM + e[None, :], total, mask=row_ok[:, None] & (e < V_DIM)[None, :])
-            tl.store(partial_stats + at * 2, top, mask=row_ok)
-            tl.store(partial_stats + at * 2 + 1, weight, mask=row_ok)
+            stats_at = (pair * (count * GROUP) + row) * 2 * splits + split
+            tl.store(partial_stats + stats_at, top, mask=row_ok)
+            tl.store(partial_stats + stats_at + splits, weight, mask=row_ok)
         else:
             o_at = outer * out_strides[0] + head.to(tl.int64) * out_strides[1] + q_row * out_strides[2]
             result = total * _inverse(weight, drop_scale)[:, None]
@@ -339,13 +342,13 @@ def _merge(
     one = tl.arange(0, SPLITS)
     e = tl.arange(0, BLOCK_V)
     start = pair.to(tl.int64) * splits
+    stats = partial_stats + (pair.to(tl.int64) * rows + row) * 2 * splits + one
     top = tl.full([], float("-inf"), tl.float32)
     if sinks is not None:
         top = tl.load(sinks + head) * SLOPE_UNIT
     tops = tl.full([SPLITS], float("-inf"), tl.float32)
     for s in range(first_split, last_split, SPLITS):
-        at = (start + s + one) * rows + row
-        tops = tl.maximum(tops, tl.load(partial_stats + at * 2, mask=s + one < last_split, other=float("-inf")))
+        tops = tl.maximum(tops, tl.load(stats + s, mask=s + one < last_split, other=float("-inf")))
     new_top = tl.maximum(top, tl.max(tops, 0))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2((top - safe) * UNIT)
@@ -353,8 +356,8 @@ def _merge(
     for s in range(first_split, last_split, SPLITS):
         at = (start + s + one) * rows + row
         there = s + one < last_split
-        shrink = tl.exp2((tl.load(partial_stats + at * 2, mask=there, other=float("-inf")) - safe) * UNIT)
-        weight += tl.sum(shrink * tl.load(partial_stats + at * 2 + 1, mask=there, other=0.0), 0)
+        shrink = tl.exp2((tl.load(stats + s, mask=there, other=float("-inf")) - safe) * UNIT)
+        weight += tl.sum(shrink * tl.load(stats + splits + s, mask=there, other=0.0), 0)
         value = tl.load(
             partial + at[:, None] * V_DIM + e[None, :], mask=there[:, None] & (e < V_DIM)[None, :], other=0.0
         )
