@@ -67,6 +67,13 @@ def occupancy(target: str, threads: int, registers: int, shared: int) -> float:
     return blocks * warps * 32 / most
 
 
+def short_names(kernels: list[str]) -> list[str]:
+    """Demangled names of kernels without namespaces and parameters."""
+    done = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True)
+    noise = r"tw::cuda::|\(anonymous namespace\)::|^void |\((?:int|bool)\)|\(.*$"
+    return [re.sub(noise, "", name) for name in done.stdout.splitlines()]
+
+
 def compiled(target: str, source: Path) -> Iterator[tuple]:
     """A line of the table for each kernel of a .cu file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -91,11 +98,8 @@ def compiled(target: str, source: Path) -> Iterator[tuple]:
         done.stderr,
         re.DOTALL,
     )
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(r[0] for r in report), capture_output=True, text=True, check=True
-    )
-    for (mangled, stores, loads, registers, rest), name in zip(report, names.stdout.splitlines(), strict=True):
-        name = re.sub(r"tw::cuda::|\(anonymous namespace\)::|^void |\((?:int|bool)\)|\(.*$", "", name)
+    names = short_names([line[0] for line in report])
+    for (mangled, stores, loads, registers, rest), name in zip(report, names, strict=True):
         static = re.search(r"(\d+) bytes smem", rest)
         block = int(threads.get(mangled, 1))
         shared = (int(static[1]) if static else 0) + dynamic_shared(name)

@@ -1,9 +1,10 @@
 """Registers, shared memory and occupancy of every configuration of every Triton kernel, without a GPU.
 
-    python -m bench.gpu_resources [--targets sm_80 sm_90 ...] [--json FILE] [--docs FILE]
+    python -m bench.gpu_resources [--targets sm_80 sm_90 ...] [--cases TEXT] [--json FILE] [--docs FILE]
 
 Compiles what the launchers would launch and asks each target's assembler. --json writes the table, --docs the part of
-it that docs/gpu.md shows. Exits with 1 if a configuration spills registers or takes more shared memory than its target
+it that docs/gpu.md shows; with --cases only cases whose name has the text are compiled, and the file's lines of the
+others stay. Exits with 1 if a configuration spills registers or takes more shared memory than its target
 has.
 """
 
@@ -252,29 +253,31 @@ def write(path: Path, table: dict[str, list]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=SHIPPED, choices=TARGETS)
+    parser.add_argument("--cases", default="")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
+    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     table: dict[str, list[tuple]] = {}
     bad = 0
     for target in options.targets:
         lines = table.setdefault(target, [])
+        known = {tuple(line[:5]): tuple(line) for line in before.get(target, [])}
         for case, launch in configurations(target):
-            lines.append(row(target, case, launch))
+            line = None if options.cases in case else known.get((case, *describe(launch)))
+            lines.append(line or row(target, case, launch))
             message = problems(target, lines[-1])
             bad += bool(message)
             print(message or ".", end="\n" if message else "", flush=True)
         print(f" {target}: {len(lines)} configurations")
     if options.json:
-        if options.json.exists():
-            before = json.loads(options.json.read_text())
-            table = {name: table.get(name, before.get(name, [])) for name in (*SHIPPED, "executed")} | table
+        if before:
+            table = {name: table.get(name, before.get(name, [])) for name in SHIPPED} | table
         write(options.json, table)
     if options.docs:
-        before, _, rest = options.docs.read_text().partition("<!-- resources -->\n")
-        _, _, after = rest.partition("<!-- /resources -->\n")
-        shipped = {target: found for target, found in table.items() if target != "executed"}
-        options.docs.write_text(f"{before}<!-- resources -->\n{markdown(shipped)}\n<!-- /resources -->\n{after}")
+        head, _, rest = options.docs.read_text().partition("<!-- resources -->\n")
+        _, _, tail = rest.partition("<!-- /resources -->\n")
+        options.docs.write_text(f"{head}<!-- resources -->\n{markdown(table)}\n<!-- /resources -->\n{tail}")
     print(f"{bad} spill registers or need too much shared memory")
     return bool(bad)
 

@@ -1,5 +1,5 @@
-"""What the interpreter says of the CUDA kernels of attention beside their results: needed barriers, traffic, code that
-no test reaches."""
+"""What the interpreter says of the CUDA kernels of attention beside their results: needed barriers, code that no test
+reaches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import test_cuda_attention_quantized as quantized
 from cases import AttentionCase as Case
 from cuda_attention import BF16, FP16, run
 from gpu_attention import grad_case, rand
-from ptx import Report
 from ptx.compilers import needs_nvcc
 
 from tilewright.ops.attention_reference import Options
@@ -56,8 +55,8 @@ def gradients_wide() -> None:
 
 def gradients_general() -> None:
     more = {"alibi": rand("a", 2).abs(), "sinks": rand("s", 2)}
-    for shape in ((1, 70, 100), (1, 1, 70, 1)):
-        t = grad_case(BF16, 2, 2, 70, 100, 64, bias=rand("b", *shape, dtype=BF16), **more)
+    for shape in ((1, 72, 100), (1, 1, 72, 1)):
+        t = grad_case(BF16, 2, 2, 72, 100, 64, bias=rand("b", *shape, dtype=BF16), **more)
         backward.check(t, Options(0.06, 0.0, 2))
 
 
@@ -113,23 +112,3 @@ def test_every_kernel_runs_everywhere() -> None:
         everything()
     left = cuda_device.unexecuted(launches, *SOURCES, merged=True)
     assert left == [], "\n".join(left)
-
-
-def averages(report: Report) -> tuple[float, float]:
-    """Passes over shared memory's banks and sectors of global memory, over all accesses, against what their bytes
-    need."""
-    banks = sum(t.wavefronts for t in report.traffic) / max(sum(t.ideal_wavefronts for t in report.traffic), 1)
-    return banks, sum(t.sectors for t in report.traffic) / max(sum(t.ideal_sectors for t in report.traffic), 1)
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_traffic(name: str) -> None:
-    check, _listed = MUTANTS[name]
-    cuda = cuda_device.module()
-    with cuda.watched() as launches:
-        check()
-    for kernel, report in cuda_device.reports(launches).items():
-        banks, sectors = averages(report)
-        assert banks <= 1.05, (kernel, banks)
-        # A mask or bias is read by element, where the lanes of a warp have a few neighbours of 8 rows.
-        assert sectors <= (1.25 if "general" in name else 1.1), (kernel, sectors)
