@@ -257,6 +257,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
+    if options.cases and not options.json:
+        parser.error("--cases needs --json FILE, whose lines of the other cases stay")
     before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     table: dict[str, list[tuple]] = {}
     bad = 0

@@ -221,10 +221,3 @@ def surviving_mutants(run: Callable[[], object]) -> dict[str, list[Instruction]]
                     continue
             survivors.setdefault(name, []).append(instruction)
     return survivors
-
-
-def worst_traffic(launches: Sequence[Launch]) -> tuple[float, float]:
-    """The most passes over shared memory's banks, and the most sectors of global memory, of any instruction, each
-    against what its bytes need."""
-    traffic = [t for report in reports(launches).values() for t in report.traffic]
-    return max((t.bank_ways for t in traffic), default=0.0), max((t.sector_ratio for t in traffic), default=0.0)

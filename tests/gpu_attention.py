@@ -38,6 +38,13 @@ def paged(dtype: torch.dtype, seq_q: int, page_size: int) -> Operands:
     )  # fmt: skip
 
 
+def padded(d: torch.dtype, columns: int) -> Operands:
+    """Keys that begin anywhere, with a mask and a bias of rows of so many columns, of which 200 are keys."""
+    mask, bias = torch.rand(4, 1, 30, columns, generator=seeded("m")) < 0.7, rand("b", 4, 6, 30, columns, dtype=d)
+    return dense(d, 4, 30, 200, mask=mask[..., :200], bias=bias[..., :200], k_start=whole(8, 4, 2, 5),
+                 k_end=whole(200, 150, 99, 77))  # fmt: skip
+
+
 def dense(d: torch.dtype, batch: int, seq_q: int, seq_k: int, keys: int | None = None, **more: Tensor) -> Operands:
     k, v = (rand(n, keys or batch, 2, seq_k, 64, dtype=d) for n in "kv")
     return Operands(rand("q", batch, 6, seq_q, 64, dtype=d), k, v, **more)
@@ -64,6 +71,8 @@ CALLS = {
         lambda d: dense(d, 3, 30, 200, 2, k_start=whole(5, 0, 0), k_end=whole(200, 0, 77), k_batch=whole(1, 0, 1)),
         Options(0.2, 0.0, 2),
     ),
+    "padded, mask and bias": (lambda d: padded(d, 208), Options(0.2, 0.0, 2)),
+    "padded, mask and bias of odd rows": (lambda d: padded(d, 201), Options(0.2, 0.0, 2)),
     "dropout": (lambda d: dense(d, 2, 30, 90, seed=whole(77)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
     "dropout decode": (lambda d: dense(d, 2, 2, 600, seed=whole(-3)), Options(0.2, 0.0, 2, -1, -1, 0.4)),
     "dropout of all": (lambda d: dense(d, 1, 30, 70, seed=whole(1)), Options(0.2, 0.0, 2, -1, -1, 1.0)),
@@ -85,9 +94,11 @@ def naive_sequences(t: Operands, options: Options) -> tuple[Tensor, Tensor]:
             row = 0 if len(t.k) == 1 else row
             k, v = t.k[row : row + 1], t.v[row : row + 1]
         keys = slice(0 if t.k_start is None else int(t.k_start[b]), None if t.k_end is None else int(t.k_end[b]))
+        mask, bias = (None if x is None else x[b : b + 1, :, :, keys] for x in (t.mask, t.bias))
         alibi = t.alibi[b] if t.alibi is not None and t.alibi.dim() == 2 else t.alibi
         more = {"causal": CAUSAL[options.causal], "window": (options.left, options.right), "scale": options.scale,
-                "softcap": options.softcap, "alibi_slopes": alibi, "sinks": t.sinks}  # fmt: skip
+                "softcap": options.softcap, "alibi_slopes": alibi, "sinks": t.sinks,
+                "mask": mask, "bias": bias}  # fmt: skip
         one, one_lse = naive_attention(q, k[:, :, keys], v[:, :, keys], **more)
         at = (b, slice(None)) if t.q_start is None else (0, slice(None), rows)
         out[at], lse[at] = one[0].double(), one_lse[0].double()

@@ -47,9 +47,9 @@ inline int64_t key_splits(const AttentionArgs& a, int multiprocessors) {
 // The longest run of keys, of 1, 2, 4 or 8 (fp32: 4, 16 bytes), that starts at a multiple of its size in
 // every row.
 inline int aligned_run(const AttentionScores& t, int64_t bytes) {
-  int run = bytes == 4 ? 4 : 8;
   if (!t.data || t.key == 0) return 8;
   if (t.key != 1) return 1;
+  int run = bytes == 4 ? 4 : 8;
   while (reinterpret_cast<uintptr_t>(t.data) % (run * bytes) || t.batch % run || t.head % run || t.row % run)
     run /= 2;
   return run;
